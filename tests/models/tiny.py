@@ -1,0 +1,135 @@
+"""Tiny real networks, images and tokenizers for the tests of this folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from models.checkpoint import save_checkpoint
+from models.classifier import Classifier, make_spec, new_classifier
+from models.registry import LoadedBackbone, build_backbone, measure_feature_dim
+from models.spec import BackboneSpec, ModelSpec
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "red", "bird", "stone", "tree", "runs")
+BERT = {
+    "model_type": "bert", "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24,
+}  # fmt: skip
+RESNET = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
+}  # fmt: skip
+VIT = {
+    "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+TIMM = {
+    "library": "timm", "name": "test_efficientnet", "arguments": {}, "mean": [0.5] * 3, "std": [0.5] * 3,
+}  # fmt: skip
+
+
+def tokenizer_json() -> str:
+    """A word-level tokenizer that frames every text with [CLS] and [SEP]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer.to_str()
+
+
+def hf_text_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A Hugging Face folder of a tiny BERT: config.json, model.safetensors and the tokenizer."""
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    values = dict(BERT)
+    network = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).to(dtype)
+    network.save_pretrained(folder)
+    source = folder / "source.json"
+    source.write_text(tokenizer_json(), encoding="utf-8")
+    PreTrainedTokenizerFast(tokenizer_file=str(source), pad_token="[PAD]").save_pretrained(folder)
+    source.unlink()
+    return folder
+
+
+def image_backbone(architecture: dict[str, Any] = TIMM, size: int = 32) -> LoadedBackbone:
+    """A backbone with random weights and batch-norm statistics that are not the neutral ones."""
+    from models.modalities.vision import ImageProcessing
+
+    torch.manual_seed(0)
+    module = build_backbone(architecture)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    processing = ImageProcessing(size, size)
+    return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
+
+
+def text_backbone() -> LoadedBackbone:
+    """A tiny BERT with random weights."""
+    from models.modalities.text import TextProcessing
+
+    torch.manual_seed(0)
+    architecture = {"library": "hf", "modality": "text", "config": BERT}
+    module = build_backbone(architecture)
+    processing = TextProcessing(tokenizer_json(), 16)
+    return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
+
+
+def classifier_of(loaded: LoadedBackbone, labels: tuple[str, ...] = ("a", "b", "c")) -> tuple[Classifier, ModelSpec]:
+    """A classifier whose head gives logits of a visible size, and its specification."""
+    torch.manual_seed(1)
+    model = new_classifier(loaded, len(labels))
+    nn.init.normal_(model.task_head.weight, std=0.5)
+    library = loaded.architecture["library"]
+    backbone = BackboneSpec(f"{library}:tiny", library, "tiny", None, None, "random", "0")
+    task = "text-classification" if loaded.processing.kind == "text" else "image-classification"
+    return model.eval(), make_spec(task, backbone, loaded, labels)
+
+
+def saved_checkpoint(folder: Path, loaded: LoadedBackbone) -> Classifier:
+    """Write a checkpoint of a new classifier; the classifier itself in eval mode."""
+    model, spec = classifier_of(loaded)
+    save_checkpoint(folder, model, spec, loaded.processing)
+    return model
+
+
+def inputs_of(loaded: LoadedBackbone, samples: int = 5) -> tuple[torch.Tensor, ...]:
+    """Made-up inputs in the order of the I/O spec."""
+    random = np.random.default_rng(0)
+    if loaded.processing.kind == "text":
+        contents: list[Any] = [" ".join(random.choice(WORDS[4:], 3 + index)) for index in range(samples)]
+    else:
+        contents = [random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(samples)]
+    arrays = loaded.processing.arrays(contents)
+    return tuple(torch.from_numpy(arrays[tensor.name]) for tensor in loaded.processing.inputs)
+
+
+def logits_of(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Logits without gradients."""
+    with torch.inference_mode():
+        return model(*inputs).clone()
+
+
+def png(width: int, height: int, colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+    """One plain image, encoded."""
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change top-level keys of a JSON file."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    value.update(changes)
+    path.write_text(json.dumps(value), encoding="utf-8")
