@@ -1,0 +1,174 @@
+"""Read a source, name every problem, and split by content. Light: every plan calls it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.errors import DataError
+from models.modalities import MODALITY_OF_TASK
+from models.spec import Task
+from stages.data.config import DataConfig
+from stages.data.readable import ReadableImages
+from stages.data.sources import read_source
+from stages.data.sources.base import Row, shortened, unicode_problem
+from stages.data.splits import SPLITS, DataSplits, Example, digest_of_content, fingerprint_of
+from stages.data.splitting import Placed, Splits, check_labels_in_train, given_splits, limit, own_splits
+
+SMALLEST_CLASS = 2
+"""A class needs an example to learn from and one to be judged by."""
+MAX_NOTES = 20
+"""Notes about single examples; more of them are counted only."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A row that can be read, and the SHA-256 of its content."""
+
+    row: Row
+    digest: str
+
+
+def load_data(config: DataConfig, task: Task) -> DataSplits:
+    """The data of a run.
+
+    Raises:
+        ConfigError: the source is not there, or of no known kind.
+        DataError: an example cannot be read, a class is too small, a label is not in train, or the same
+            content is in two splits. The message names what and where.
+        MissingCapabilityError: a hub data set cannot be had here.
+    """
+    source = read_source(config, MODALITY_OF_TASK[task])
+    checked, notes = drop_unreadable(source.rows, config)
+    checked, more = drop_contradictions(checked, config)
+    labels = tuple(sorted({one.row.label for one in checked}))
+    check_classes(labels, checked, config)
+    indices = {label: index for index, label in enumerate(labels)}
+    placed = [
+        Placed(Example(one.row.content, indices[one.row.label], one.digest, one.row.origin), one.row.split)
+        for one in checked
+    ]
+    if any(one.split for one in placed):
+        splits, split_notes = given_splits(placed, labels, config)
+    else:
+        splits, split_notes = own_splits(placed, config)
+    splits = limited(splits, labels, config)
+    frozen = {name: tuple(splits[name]) for name in SPLITS}
+    return DataSplits(
+        labels=labels,
+        splits=frozen,
+        fingerprints={name: fingerprint_of(labels, frozen[name]) for name in SPLITS},
+        notes=(*source.notes, *capped([*notes, *more, *split_notes])),
+    )
+
+
+def drop_unreadable(rows: Sequence[Row], config: DataConfig) -> tuple[list[Checked], list[str]]:
+    """The rows that can be read. With `on_error: fail` any that cannot are an error that names them."""
+    checked, problems = check_rows(rows)
+    if problems and config.on_error == "fail":
+        raise DataError(
+            f"{len(problems)} of {len(rows)} examples cannot be read: {shortened(problems)}. "
+            "Mend or remove them, or set data.on_error: skip"
+        )
+    if not checked:
+        raise DataError(f"{config.source}: none of its {len(rows)} examples can be read: {shortened(problems, 3)}")
+    return checked, [f"skipped: {problem}" for problem in problems]
+
+
+def check_rows(rows: Sequence[Row]) -> tuple[list[Checked], list[str]]:
+    """Each row with its digest, and what is wrong with the others."""
+    checked: list[Checked] = []
+    problems: list[str] = []
+    images = ReadableImages() if any(isinstance(row.content, Path | bytes) for row in rows) else None
+    for row in rows:
+        try:
+            if row.problem:
+                raise DataError(row.problem)
+            checked.append(Checked(row, digest_of_row(row, images)))
+        except DataError as error:
+            problems.append(str(error))
+    if images is not None:
+        images.save()
+    return checked, problems
+
+
+def digest_of_row(row: Row, images: ReadableImages | None) -> str:
+    """SHA-256 of a content. Raises `DataError`, naming the row, where the content cannot be read."""
+    if isinstance(row.content, str):
+        problem = unicode_problem(row.content) or ("" if row.content.strip() else "the text is empty")
+        if problem:
+            raise DataError(f"{row.origin}: {problem}")
+    try:
+        digest = digest_of_content(row.content)
+    except OSError as error:
+        raise DataError(f"{row.origin}: cannot be read: {error.strerror}") from error
+    if images is not None and isinstance(row.content, Path | bytes) and digest not in images:
+        check_image(row)
+        images.add(digest)
+    return digest
+
+
+def check_image(row: Row) -> None:
+    """Decode an image. Raises `DataError` that names the row."""
+    from models.modalities.vision import decode_image
+
+    try:
+        decode_image(row.content)
+    except DataError as error:
+        if isinstance(row.content, Path):
+            raise
+        raise DataError(f"{row.origin}: {error}") from error
+
+
+def drop_contradictions(checked: Sequence[Checked], config: DataConfig) -> tuple[list[Checked], list[str]]:
+    """Rows whose content has one label only; with `on_error: fail` any other is an error."""
+    by_digest: dict[str, list[Row]] = defaultdict(list)
+    for one in checked:
+        by_digest[one.digest].append(one.row)
+    torn = {digest: rows for digest, rows in by_digest.items() if len({row.label for row in rows}) > 1}
+    if not torn:
+        return list(checked), []
+    found = [" and ".join(f"{row.origin} is {row.label!r}" for row in rows[:3]) for rows in torn.values()]
+    if config.on_error == "fail":
+        raise DataError(
+            f"{len(torn)} contents have two labels: {shortened(found, 3)}. "
+            "Mend the labels, or set data.on_error: skip to leave these examples out"
+        )
+    return [one for one in checked if one.digest not in torn], [f"skipped: the same content, {one}" for one in found]
+
+
+def check_classes(labels: tuple[str, ...], checked: Sequence[Checked], config: DataConfig) -> None:
+    """At least two classes, each with enough different examples. Raises `DataError`."""
+    if len(labels) < 2:
+        found = f"one class only ({labels[0]!r})" if labels else "no examples left"
+        raise DataError(f"{config.source} has {found}; classification needs two classes or more")
+    counts = Counter(label for label, _ in {(one.row.label, one.digest) for one in checked})
+    small = [f"{label!r} has {counts[label]}" for label in labels if counts[label] < SMALLEST_CLASS]
+    if small:
+        raise DataError(
+            f"too few examples: {shortened(small, 10)}. Each class needs {SMALLEST_CLASS} different ones at least, "
+            "one to train and one to test; add examples or remove the class"
+        )
+
+
+def limited(splits: Splits, labels: tuple[str, ...], config: DataConfig) -> Splits:
+    """At most `data.max_<split>_samples` of each split. Raises `DataError` where a split or a class is left empty."""
+    cut: Splits = {}
+    for name in SPLITS:
+        maximum: int | None = getattr(config, f"max_{name}_samples")
+        if name == "train" and maximum is not None and maximum < len(labels):
+            raise DataError(f"data.max_train_samples is {maximum}, fewer than the {len(labels)} classes; raise it")
+        cut[name] = limit(splits[name], maximum, config.seed)
+        if not cut[name]:
+            way = "add examples" if name == "train" else f"add examples or raise data.{name}_fraction"
+            raise DataError(f"no examples are left for {name}; {way}")
+    check_labels_in_train(cut, labels)
+    return cut
+
+
+def capped(notes: list[str]) -> list[str]:
+    """The first notes, and the number of the others."""
+    more = len(notes) - MAX_NOTES
+    return [*notes[:MAX_NOTES], f"and {more} notes more of this kind"] if more > 1 else notes

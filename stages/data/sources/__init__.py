@@ -1,0 +1,52 @@
+"""Where examples come from. Every reader gives `Row`s; `stages/data/load.py` checks and splits them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from models.errors import ConfigError, DataError, Problem
+from stages.data.config import DataConfig
+from stages.data.sources.base import Source, nearest
+from stages.data.sources.from_demo import DEMOS, read_demo
+from stages.data.sources.from_folder import read_folder
+from stages.data.sources.from_hub import read_hub
+from stages.data.sources.from_table import TABLE_SUFFIXES, read_table
+
+
+def read_source(config: DataConfig, modality: str) -> Source:
+    """All rows of a source. `modality`: `image` or `text`.
+
+    Raises:
+        ConfigError: the source is not there, or of no known kind.
+        DataError: it cannot be read as labelled examples.
+        MissingCapabilityError: a hub data set cannot be had here.
+    """
+    prefix, _, name = config.source.partition(":")
+    if prefix == "demo":
+        return read_demo(name, modality)
+    if prefix == "hf":
+        return read_hub(name, config, modality)
+    path = Path(os.path.expanduser(config.source))
+    try:
+        if path.is_dir():
+            return read_folder(path, modality)
+        if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+            return read_table(path, config, modality)
+    except OSError as error:
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    raise ConfigError([unknown_source(config.source, path)])
+
+
+def unknown_source(source: str, path: Path) -> Problem:
+    """What a source is instead, and what was probably meant."""
+    found = f"is a {path.suffix or 'plain'} file" if path.exists() else "is not there"
+    expected = f"expected demo:<{'|'.join(DEMOS)}>, a folder, {', '.join(TABLE_SUFFIXES)} or hf:<dataset>@<revision>"
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside) if not path.exists() else ""
+    demo = nearest(source.rpartition(":")[2], DEMOS)
+    if near:
+        expected = f"did you mean {path.parent / near}? {expected}"
+    elif demo:
+        expected = f"did you mean demo:{demo}? {expected}"
+    return Problem("data.source", f"{source!r} {found}", expected)

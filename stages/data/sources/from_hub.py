@@ -1,0 +1,101 @@
+"""Data sets of the Hugging Face hub, of its local cache, or of a local folder that `datasets` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import ConfigError, DataError, MissingCapabilityError, Problem
+from stages.data.config import DataConfig
+from stages.data.sources.base import SPLIT_ALIASES, Row, Source, check_columns, unusable
+from stages.data.sources.from_table import content_of, label_of, wanted_columns
+
+if TYPE_CHECKING:
+    from models.modalities import Content
+
+
+def read_hub(name: str, config: DataConfig, modality: str) -> Source:
+    """A data set `<repository>[@<revision>]`, with its splits where it has more than one.
+
+    Raises:
+        MissingCapabilityError: it cannot be reached from this machine and is not in its cache.
+        DataError: it has not the columns, or cannot be read.
+    """
+    repository, _, revision = name.partition("@")
+    if not repository:
+        raise ConfigError([Problem("data.source", "names no data set", "expected hf:<org>/<name>@<revision>")])
+    loaded = load_from_hub(repository, revision)
+    notes = [] if revision else [f"hf:{repository} has no @<revision>: another run may get other data"]
+    known = {str(split): SPLIT_ALIASES.get(str(split).lower()) for split in loaded}
+    single = len(known) == 1
+    rows: list[Row] = []
+    for split, part in loaded.items():
+        alias = known[str(split)]
+        if alias is None and not single:
+            notes.append(f"left out: the split {split} of hf:{repository}, which is no {', '.join(SPLIT_ALIASES)}")
+            continue
+        for row in rows_from_part(part, f"hf:{repository}/{split}", config, modality):
+            rows.append(row if single else Row(row.content, row.label, row.origin, alias, row.problem))
+    if not rows:
+        raise DataError(f"hf:{name} gives no examples; its splits are {', '.join(known)}")
+    return Source(tuple(rows), tuple(notes))
+
+
+def load_from_hub(repository: str, revision: str) -> Any:
+    """The `DatasetDict`. No code of the repository is run: `datasets` 4 has no loading scripts."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(repository, revision=revision or None)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise MissingCapabilityError(
+            f"the data set {repository!r} is neither on the hub, as far as this machine can see, nor in its cache "
+            f"({error}); check its name and revision, connect this machine, or fill the cache elsewhere and set HF_HOME"
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"hf:{repository} cannot be read: {error}") from error
+    except OSError as error:
+        raise MissingCapabilityError(
+            f"the data set {repository!r} could not be had ({error}); connect this machine, or fill the cache of "
+            "another one and set HF_HOME"
+        ) from error
+
+
+def rows_from_part(part: Any, place: str, config: DataConfig, modality: str) -> Iterator[Row]:
+    """The rows of one split, images still encoded. Raises `DataError` for a missing column."""
+    import datasets
+
+    options = wanted_columns(config, modality)
+    options.pop("split_column", None)  # the data set's own splits are used
+    check_columns(place, part.column_names, options)
+    column = options[f"{modality}_column"]
+    names = part.features[config.label_column]
+    if isinstance(part.features[column], datasets.Image):
+        part = part.cast_column(column, datasets.Image(decode=False))
+    part = part.select_columns(list(dict.fromkeys(options.values())))
+    for number, record in enumerate(part):
+        origin = f"{place}[{number}]"
+        try:
+            label = label_of(record[config.label_column], config.label_column)
+            if isinstance(names, datasets.ClassLabel):
+                label = class_name(names, int(label))
+            yield Row(hub_content(record[column], column, modality), label, origin)
+        except DataError as error:
+            yield unusable(origin, str(error))
+
+
+def class_name(names: Any, index: int) -> str:
+    """The name of a class. Raises `DataError` for -1, by which hub data sets hide the labels of a test split."""
+    if not 0 <= index < names.num_classes:
+        raise DataError(f"has no label ({index})")
+    return str(names.int2str(index))
+
+
+def hub_content(value: Any, column: str, modality: str) -> Content:
+    """A text, encoded bytes, or the file that `datasets` itself put an image into."""
+    if modality == "image" and isinstance(value, dict) and not value.get("bytes") and value.get("path"):
+        return Path(value["path"])
+    if modality == "image" and not isinstance(value, dict | bytes | None):
+        raise DataError(f"{column!r} holds {type(value).__name__}; expected images (a feature of the kind Image)")
+    return content_of(value, column, modality, Path())

@@ -1,0 +1,193 @@
+"""CSV, JSONL and Parquet files: one example a row, in named columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import DataError
+from stages.data.config import DataConfig
+from stages.data.sources.base import (
+    Row,
+    Source,
+    check_columns,
+    printable,
+    split_of,
+    text_from_bytes,
+    unicode_problem,
+    unusable,
+)
+
+if TYPE_CHECKING:
+    from models.modalities import Content
+
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names, and for each row its place and its values, or in words why it has none."""
+
+    columns: list[str]
+    records: Iterable[tuple[str, dict[str, Any] | str]]
+
+
+def read_table(path: Path, config: DataConfig, modality: str) -> Source:
+    """All rows of a file.
+
+    Raises:
+        DataError: it is not of its kind, a column is not there, or it has no rows.
+    """
+    options = wanted_columns(config, modality)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        table = parquet_table(path, options)
+    else:
+        text = text_from_bytes(path.read_bytes())
+        table = csv_table(text, path) if suffix == ".csv" else jsonl_table(text, path)
+    check_columns(str(path), table.columns, options)
+    rows = tuple(rows_from_table(table, path, config, modality))
+    if not rows:
+        raise DataError(f"{path} holds no rows; expected one example a row with {', '.join(options.values())}")
+    return Source(rows)
+
+
+def wanted_columns(config: DataConfig, modality: str) -> dict[str, str]:
+    """Configuration key → column that must be there."""
+    key = f"{modality}_column"
+    wanted = {key: str(getattr(config, key)), "label_column": config.label_column}
+    return wanted | ({"split_column": config.split_column} if config.split_column else {})
+
+
+def csv_table(text: str, path: Path) -> Table:
+    """A CSV file with a header. Raises `DataError` for a header that cannot be used."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        columns = list(reader.fieldnames or ())
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+    if problem := unicode_problem("".join(columns)):
+        raise DataError(f"{path}, line 1: {problem}")
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}, line 1: the column {twice!r} stands twice; rename one")
+    return Table(columns, csv_records(reader, path))
+
+
+def csv_records(reader: csv.DictReader[str], path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Rows by line. Raises `DataError` where the file is no CSV from there on."""
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            extra = row.pop(None, [])  # csv keeps surplus fields under None
+            columns = len(row)
+            yield place, f"found {columns + len(extra)} fields, expected {columns}; quote commas" if extra else row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def jsonl_table(text: str, path: Path) -> Table:
+    """One JSON object a line; the columns are the keys of all of them."""
+    columns: dict[str, None] = {}
+    records: list[tuple[str, dict[str, Any] | str]] = []
+    # Only \n ends a line: JSON strings may hold the other characters that str.splitlines cuts at.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = record_from_json(line)
+        if isinstance(row, dict):
+            columns.update(dict.fromkeys(row))
+        records.append((f"{path}, line {number}", row))
+    if records and not columns:
+        place, problem = records[0]
+        raise DataError(f"{place}: {problem}")
+    return Table(list(columns), records)
+
+
+def record_from_json(line: str) -> dict[str, Any] | str:
+    """One object, or in words what stands there instead."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"is no JSON ({error})"
+    return row if isinstance(row, dict) else f"expected an object with named values, found {line.strip()[:40]}"
+
+
+def parquet_table(path: Path, options: dict[str, str]) -> Table:
+    """A Parquet file; only the wanted columns are read. Raises `DataError` where it is none."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        columns = list(parquet.read_schema(path).names)
+        wanted = [column for column in dict.fromkeys(options.values()) if column in columns]
+        rows = parquet.read_table(path, columns=wanted).to_pylist() if len(wanted) == len(set(options.values())) else []
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+    return Table(columns, [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
+
+
+def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str) -> Iterator[Row]:
+    """Each record as a row, or as what is wrong with it."""
+    column = config.image_column if modality == "image" else config.text_column
+    root = path.parent.resolve()
+    for place, record in table.records:
+        if isinstance(record, str):
+            yield unusable(place, printable(record))
+            continue
+        try:
+            label = label_of(record.get(config.label_column), config.label_column)
+            content = content_of(record.get(column), column, modality, root)
+        except DataError as error:
+            yield unusable(place, str(error))
+            continue
+        split = split_of(record.get(config.split_column), place) if config.split_column else None
+        origin = printable(str(content)) if isinstance(content, Path) else place
+        yield Row(content, label, origin, split)
+
+
+def label_of(value: Any, column: str) -> str:
+    """A label as text. Raises `DataError` for none."""
+    if value is None or value == "" or value != value:  # NaN is how some tools write "no label"
+        raise DataError(f"{column!r} is empty")
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{column!r} holds {type(value).__name__}; expected a name or a number")
+    if problem := unicode_problem(str(value)):
+        raise DataError(f"{column!r}: {problem}")
+    return str(value)
+
+
+def content_of(value: Any, column: str, modality: str, root: Path) -> Content:
+    """A text, encoded image bytes, or the path of an image inside `root`. Raises `DataError` for anything else."""
+    if value is None or value == "":
+        raise DataError(f"{column!r} is empty")
+    if modality == "text":
+        if not isinstance(value, str):
+            raise DataError(f"{column!r} holds {type(value).__name__}; expected a text")
+        return value
+    if isinstance(value, dict):  # the form in which `datasets` writes images to Parquet
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise DataError(f"{column!r} holds {type(value).__name__}; expected an image or its path")
+    return path_inside(root, value)
+
+
+def path_inside(root: Path, name: str) -> Path:
+    """`root/name`, links followed. Raises `DataError` where that is no file or leaves `root`."""
+    try:
+        path = (root / name).resolve()
+        inside, there = path.is_relative_to(root), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, a loop of links
+        raise DataError(f"{printable(name)[:80]!r} is no usable path ({error})") from error
+    if not inside:
+        raise DataError(f"the image path {printable(name)!r} leaves {root}; paths are relative to the table's folder")
+    if not there:
+        raise DataError(f"there is no file {printable(name)!r} in {root}; paths are relative to the table's folder")
+    return path
