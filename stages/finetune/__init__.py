@@ -1,0 +1,5 @@
+"""finetune: adapt a pretrained backbone to labelled data."""
+
+from stages.finetune.stage import Finetune, FinetuneConfig
+
+__all__ = ["Finetune", "FinetuneConfig"]

@@ -1,0 +1,403 @@
+"""Gradient training through Hugging Face's Trainer: resume, mixed precision and schedules are its work."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import MissingCapabilityError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Trainer
+
+    from models.modalities import Processing
+    from stages.base import StageContext
+    from stages.data.splits import Example
+
+BEST = "best.safetensors"
+HISTORY = "history.json"
+COMPLETE = "complete"
+"""Written into a checkpoint of the Trainer when all its files are there: a killed run leaves half of one."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Plain arguments of one training."""
+
+    epochs: int
+    batch_size: int
+    backbone_learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    warmup_fraction: float
+    patience: int
+    precision: str
+    flip: bool
+    freeze_batchnorm: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave: the network holds the weights of `best_epoch`."""
+
+    plan: TrainingPlan
+    best_epoch: int
+    validation_accuracy: float
+    history: list[dict[str, float]]
+
+
+class ExampleDataset:
+    """A map-style data set of (inputs of one example, label)."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def make_collate(processing: Processing) -> Any:
+    """Examples → input tensors and `labels`: int64 (batch,)."""
+    import torch
+
+    def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        arrays = processing.arrays([example.content for example in examples])
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch["labels"] = torch.tensor([example.label for example in examples])
+        return batch
+
+    return collate
+
+
+def flip_half(images: torch.Tensor) -> torch.Tensor:
+    """Mirror each image of uint8 (batch, height, width, 3) with probability one half."""
+    import torch
+
+    chosen = torch.rand(len(images), device=images.device) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(2), images)
+
+
+def parameter_groups(model: torch.nn.Module, plan: TrainingPlan) -> list[dict[str, Any]]:
+    """Backbone and head with their rates; no weight decay on norms and biases (one-dimensional parameters)."""
+    groups: dict[tuple[bool, bool], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(("task_head" in name, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": plan.head_learning_rate if head else plan.backbone_learning_rate,
+            "weight_decay": plan.weight_decay if decayed else 0.0,
+        }
+        for (head, decayed), parameters in groups.items()
+    ]
+
+
+def train(
+    model: torch.nn.Module,
+    processing: Processing,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    plan: TrainingPlan,
+    context: StageContext,
+) -> Trained:
+    """Train, evaluate after each epoch, and leave the network at its best epoch. Resumes by itself.
+
+    Raises:
+        TrainingError: the loss is not finite, memory ran out, or PyTorch refused a step.
+    """
+    folder = context.resume / "trainer"
+    recorder = Recorder(context.resume, plan)
+    trainer = make_trainer(model, processing, examples, validation, plan, context, folder, recorder)
+    last = last_complete_checkpoint(folder)
+    if last:
+        context.log.info("%-10s resumes at %s", "", last.name)
+    if not (last and recorder.should_stop()):
+        steps = steps_per_epoch(len(examples), plan.batch_size) * plan.epochs
+        with context.progress.task("training", steps) as advance, translated_errors(plan):
+            recorder.advance = advance
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return recorder.restore_best(model)
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of the Trainer that was written to its end; halves are removed."""
+    complete = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / COMPLETE).is_file():
+            complete.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(complete, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+
+
+def drop_last(examples: int, batch_size: int) -> bool:
+    """Whether the last batch would hold a single example, on which batch norm cannot train."""
+    return examples > batch_size and examples % batch_size == 1
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimizer steps in one pass."""
+    return examples // batch_size if drop_last(examples, batch_size) else math.ceil(examples / batch_size)
+
+
+@contextmanager
+def translated_errors(plan: TrainingPlan) -> Iterator[None]:
+    """What PyTorch and safetensors raise during training, as errors of this project.
+
+    Raises:
+        TrainingError: memory ran out, or a step was refused.
+        OSError: the disk is full (the runner knows what to say).
+    """
+    import errno
+
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            smaller = max(1, plan.batch_size // 2)
+            raise TrainingError(
+                f"out of memory at batch size {plan.batch_size}; try --set finetune.batch_size={smaller}"
+            ) from error
+        if "No space left" in text or "file write failed" in text:
+            raise OSError(errno.ENOSPC, text) from error
+        if "more than 1 value per channel" in text:
+            raise TrainingError(
+                f"batch norm cannot train on one value per channel (batch size {plan.batch_size}); "
+                "try a larger finetune.batch_size or finetune.image_size, or finetune.strategy: lora"
+            ) from error
+        raise TrainingError(f"training stopped: {text}") from error
+
+
+class Recorder:
+    """The history of a training and its best weights, on disk beside the checkpoints.
+
+    The best weights carry their epoch and accuracy in one file, so that a kill between two writes
+    cannot pair the weights of one epoch with the number of another.
+    """
+
+    def __init__(self, folder: Path, plan: TrainingPlan) -> None:
+        import json
+
+        self.folder = folder
+        self.plan = plan
+        self.advance: Any = lambda steps=1: None
+        file = folder / HISTORY
+        self.history: list[dict[str, float]] = json.loads(file.read_text()) if file.is_file() else []
+        self.epoch_started = time.monotonic()
+        self.losses: list[float] = []
+
+    def see_loss(self, loss: float, step: int) -> None:
+        """Raises `TrainingError` where the loss is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {step}: training diverged at learning rates "
+                f"{self.plan.backbone_learning_rate:g} (backbone) and {self.plan.head_learning_rate:g} (head); "
+                "try rates ten times lower (finetune.backbone_learning_rate, finetune.head_learning_rate)"
+            )
+        self.losses.append(loss)
+
+    def see_epoch(self, epoch: int, metrics: dict[str, float], model: torch.nn.Module) -> None:
+        """Record an evaluation; keep the weights when they are the best so far."""
+        from safetensors.torch import save_file
+
+        from stages.artifact import write_json
+
+        self.history = [entry for entry in self.history if entry["epoch"] < epoch]
+        accuracy = metrics["eval_accuracy"]
+        entry = {
+            "epoch": epoch,
+            "train_loss": sum(self.losses) / len(self.losses) if self.losses else 0.0,
+            "validation_loss": metrics["eval_loss"],
+            "validation_accuracy": accuracy,
+            "seconds": round(time.monotonic() - self.epoch_started, 2),
+        }
+        if not math.isfinite(entry["validation_loss"]):
+            raise TrainingError(
+                f"the validation loss is {entry['validation_loss']} after epoch {epoch}: training diverged"
+            )
+        if not self.history or rank_of(entry) > max(rank_of(one) for one in self.history):
+            # Cloned, because safetensors refuses tied weights that share memory.
+            state = {
+                name: tensor.detach().cpu().clone().contiguous() for name, tensor in trainable_state(model).items()
+            }
+            save_file(state, self.folder / "best.tmp", {"epoch": str(epoch), "validation_accuracy": repr(accuracy)})
+            (self.folder / "best.tmp").replace(self.folder / BEST)
+        self.history.append(entry)
+        write_json(self.folder / HISTORY, self.history)
+        self.losses = []
+
+    def should_stop(self) -> bool:
+        """Whether `patience` epochs have passed since the best one, or all epochs are done."""
+        ranks = [rank_of(entry) for entry in self.history]
+        since_best = len(ranks) - 1 - ranks.index(max(ranks)) if ranks else 0
+        return since_best >= self.plan.patience or len(ranks) >= self.plan.epochs
+
+    def restore_best(self, model: torch.nn.Module) -> Trained:
+        """Put the best weights back into the network."""
+        from safetensors import safe_open
+
+        if not self.history:
+            raise TrainingError("training ended without an evaluation; raise finetune.epochs")
+        with safe_open(self.folder / BEST, framework="pt") as stored:
+            described = stored.metadata()
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        missing = trainable_state(model).keys() - state.keys()
+        unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+        if missing or unexpected:
+            raise TrainingError(
+                f"{self.folder / BEST} does not fit the network (missing {sorted(missing)[:2]}, unexpected "
+                f"{unexpected[:2]}); run finetune again with --force"
+            )
+        return Trained(self.plan, int(described["epoch"]), float(described["validation_accuracy"]), self.history)
+
+
+def rank_of(entry: dict[str, float]) -> tuple[float, float]:
+    """Larger is better: validation accuracy, then a lower loss."""
+    return entry["validation_accuracy"], -entry["validation_loss"]
+
+
+def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that training can change: parameters with gradients, and buffers."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    buffers = {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in trainable | buffers}
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """fp32, bf16 or fp16. `auto` is bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        MissingCapabilityError: half precision was asked for and this device cannot train in it.
+    """
+    import torch
+
+    able = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto":
+        return "bf16" if able else "fp32"
+    if asked != "fp32" and (device == "cpu" or (asked == "bf16" and not able)):
+        raise MissingCapabilityError(
+            f"finetune.precision: {asked} was asked for, but the device {device} does not train in it; "
+            "write precision: auto, or use a GPU that has it (device: cuda)"
+        )
+    return asked
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    processing: Processing,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    plan: TrainingPlan,
+    context: StageContext,
+    folder: Path,
+    recorder: Recorder,
+) -> Trainer:
+    """A Trainer with this project's loss, parameter groups and callbacks."""
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    names = [tensor.name for tensor in processing.inputs]
+    precision = choose_precision(plan.precision, context.device)
+
+    class ClassifierTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if model.training and plan.flip:
+                inputs = {name: flip_half(value) if name == "image" else value for name, value in inputs.items()}
+            logits = model(*(inputs[name] for name in names))  # float32 (batch, classes)
+            loss = torch.nn.functional.cross_entropy(logits.float(), inputs["labels"])
+            if model.training:
+                recorder.see_loss(loss.item(), self.state.global_step)
+            return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+        def get_train_dataloader(self) -> Any:
+            # The setting would hold for evaluation too, which must see every example.
+            self.args.dataloader_drop_last = drop_last(len(examples), plan.batch_size)
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.args.dataloader_drop_last = False
+
+    class Report(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recorder.advance(1)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recorder.advance(state.global_step)
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            recorder.epoch_started = time.monotonic()
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            recorder.see_epoch(round(state.epoch), metrics, kwargs["model"])
+            entry = recorder.history[-1]
+            context.log.info(
+                "%-10s epoch %d/%d: validation accuracy %.4f, loss %.4f (%.0f s)", "", entry["epoch"], plan.epochs,
+                entry["validation_accuracy"], entry["validation_loss"], entry["seconds"],
+            )  # fmt: skip
+            if recorder.should_stop():
+                control.should_training_stop = True
+
+    if plan.freeze_batchnorm:
+        from models.classifier import freeze_batchnorm
+
+        freeze_batchnorm(model)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=plan.epochs,
+        per_device_train_batch_size=plan.batch_size,
+        per_device_eval_batch_size=max(plan.batch_size, 64),
+        learning_rate=plan.head_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(plan.warmup_fraction * plan.epochs * steps_per_epoch(len(examples), plan.batch_size)),
+        max_grad_norm=1.0,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=plan.seed,
+        data_seed=plan.seed,
+        use_cpu=context.device == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        dataloader_num_workers=0,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel would take every GPU, and multiply the batch size
+    groups = parameter_groups(model, plan)
+    optimizer = torch.optim.AdamW(groups, lr=plan.head_learning_rate)
+    trainer = ClassifierTrainer(
+        model=model,
+        args=arguments,
+        data_collator=make_collate(processing),
+        train_dataset=ExampleDataset(examples),
+        eval_dataset=ExampleDataset(validation),
+        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        callbacks=[Report()],
+        optimizers=(optimizer, None),
+    )
+    trainer.remove_callback(PrinterCallback)  # standard output belongs to the result
+    return trainer

@@ -1,0 +1,44 @@
+"""Examples → arrays, in batches: the one way that stages feed networks and runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.modalities import Processing
+    from models.runtimes.base import Runtime
+    from stages.base import Progress
+    from stages.data.splits import Example
+
+
+def batches(
+    processing: Processing, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """(inputs, labels int64 (batch,)) for consecutive examples."""
+    import numpy as np
+
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        yield processing.arrays([one.content for one in part]), np.array([one.label for one in part], np.int64)
+
+
+def predict_logits(
+    runtime: Runtime,
+    processing: Processing,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Progress,
+    description: str,
+) -> np.ndarray:
+    """Logits: float32 (examples, classes), from a runtime's first output."""
+    import numpy as np
+
+    outputs = []
+    with progress.task(description, len(examples)) as advance:
+        for inputs, labels in batches(processing, examples, batch_size):
+            outputs.append(next(iter(runtime.infer(inputs).values())))
+            advance(len(labels))
+    return np.concatenate(outputs)

@@ -1,0 +1,358 @@
+"""package: what validate passed, with all that runs and proves it, as a folder and a deterministic tar.
+
+Reads: merge-lora's `checkpoint/`, the candidates that validate passed, its `evidence.json`, test examples.
+Writes: `bundle/` and `<name>.tar`; the same inputs give the same bytes.
+Gates: the tar, opened as a device opens it, verifies.
+Fails when: a candidate's bytes are not those that validate measured, or validate chose none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from models.bundle import (
+    BUNDLE_FILE,
+    BUNDLE_SCHEMA_VERSION,
+    EVIDENCE_FOLDER,
+    GOLDEN_FOLDER,
+    MODEL_FILE,
+    PROCESSING_FOLDER,
+    VerifyReport,
+    open_bundle,
+)
+from models.errors import IntegrityError
+from stages.artifact import digest_files, sha256_of_file, write_json
+from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.gate import Gate, GateResult
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
+    from models.modalities import Content
+    from stages.data.splits import Example
+
+GOLDEN_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2}
+"""Golden outputs may differ by this share of the logit range on another device: other kernels add in another
+order (fp32, fp16: export's own ceilings), and INT8 dot products differ between VNNI and AVX2 machines
+(nnstreamer 4865)."""
+
+IMAGE_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
+
+
+class PackageConfig(StageConfig):
+    """What the bundle is called and holds."""
+
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the tar and of the folder in it. Default: <backbone>-<task>.",
+    )
+    golden_samples: int = Field(
+        default=8, ge=1, le=256, description="Test examples packed with their outputs, for `pipeline verify` (number)."
+    )
+    include: Literal["chosen", "all-passed"] = Field(
+        default="chosen", description="Pack the chosen candidate only, or every one whose gates all passed."
+    )
+
+
+class Package:
+    """See the module's docstring."""
+
+    name = "package"
+    config_type = PackageConfig
+    consumes = ("merge-lora", "export", "quantize", "validate")
+    splits: tuple[SplitName, ...] = ("test",)
+    packages = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "tokenizers")
+
+    def run(self, context: StageContext, config: PackageConfig) -> StageResult:
+        """Copy, describe, digest, and open the result as a device would."""
+        from models.checkpoint import load_checkpoint
+
+        evidence = json.loads(context.inputs["validate"].file("evidence.json").read_text(encoding="utf-8"))
+        shipped = shipped_candidates(evidence, config.include)
+        checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
+        name = config.name or default_name(checkpoint.spec.backbone.name, checkpoint.spec.task)
+        bundle = context.output / "bundle"
+        models = {entry["name"]: copy_model(context, entry, bundle, evidence["chosen"]) for entry in shipped}
+        (bundle / PROCESSING_FOLDER).mkdir()
+        processing = checkpoint.processing.save(bundle / PROCESSING_FOLDER)
+        golden = write_golden(context, checkpoint, models, bundle, config.golden_samples)
+        (bundle / EVIDENCE_FOLDER).mkdir()
+        write_json(bundle / EVIDENCE_FOLDER / "evidence.json", evidence)
+        card = model_card(name, checkpoint, evidence, golden["samples"])
+        (bundle / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(bundle, name, checkpoint, processing, evidence["chosen"], models, golden)
+        archive = context.output / f"{name}.tar"
+        write_tar(bundle, archive, name)
+        with open_bundle(archive) as opened:
+            gate = check_verifies(opened.verify(context.threads))
+        measurements = {
+            "bundle": "bundle",
+            "tar": archive.name,
+            "size_bytes": archive.stat().st_size,
+            "sha256": sha256_of_file(archive),
+            "chosen": evidence["chosen"],
+            "models": list(models),
+            "golden_samples": len(golden["samples"]),
+        }
+        note = f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB with {', '.join(models)}; {gate.message}"
+        return StageResult((gate,), measurements, (note,))
+
+
+def default_name(backbone: str, task: str) -> str:
+    """`<backbone>-<task>` in the characters that every file system takes."""
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{backbone.rstrip('/').rsplit('/', 1)[-1]}-{task}")
+    return words.strip("-._")[:100] or "bundle"
+
+
+def shipped_candidates(evidence: Mapping[str, Any], include: str) -> list[dict[str, Any]]:
+    """The chosen candidate's evidence, then with "all-passed" that of the others that passed.
+
+    Raises:
+        IntegrityError: validate chose none, or one that did not pass.
+    """
+    entries = [entry for entry in evidence["candidates"] if entry["passed"]]
+    chosen = [entry for entry in entries if entry["name"] == evidence["chosen"]]
+    if len(chosen) != 1:
+        raise IntegrityError(
+            f"validate chose {evidence['chosen']!r}, which is not one candidate whose gates all passed; "
+            "look at validate's report, then run `pipeline validate` again"
+        )
+    others = [entry for entry in entries if entry["name"] != evidence["chosen"]]
+    return chosen + (others if include == "all-passed" else [])
+
+
+def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chosen: str) -> dict[str, Any]:
+    """Copy a candidate's files, if they are the bytes that validate measured; its entry of `bundle.json`.
+
+    The copy is what gets digested, so a file that changes while it is copied is found too.
+
+    Raises:
+        IntegrityError: a digest differs, or a file is missing.
+    """
+    artifact = context.inputs[entry["stage"]]
+    target = bundle / (MODEL_FILE if entry["name"] == chosen else f"model/{entry['name']}.onnx")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for file, digest in entry["files"].items():
+        # Weights outside the graph keep their name: the graph refers to it.
+        copy = target if file == entry["file"] else target.with_name(Path(file).name)
+        source = artifact.file(file)
+        if not source.is_file():
+            raise IntegrityError(f"{source}, which validate measured, is missing; run `pipeline all` again")
+        shutil.copyfile(source, copy)
+        if sha256_of_file(copy) != digest:
+            raise IntegrityError(
+                f"{source} is not the file that validate measured: its SHA-256 is not the one in evidence.json; "
+                "run `pipeline validate --force`"
+            )
+    return {
+        "file": target.relative_to(bundle).as_posix(),
+        **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "accuracy", "latency_ms_p50")},
+    }
+
+
+# --- golden samples ---------------------------------------------------------------------------------
+
+
+def write_golden(
+    context: StageContext, checkpoint: Checkpoint, models: dict[str, dict[str, Any]], bundle: Path, count: int
+) -> dict[str, Any]:
+    """Raw inputs, the arrays they become, the logits of every shipped model and of the reference.
+
+    Adds the name of its outputs and its tolerance (in logits) to each of `models`.
+    """
+    import numpy as np
+
+    from models.bundle import probabilities_from_logits
+    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+    from models.runtimes.torch_eager import TorchEager
+
+    folder = bundle / GOLDEN_FOLDER
+    folder.mkdir()
+    examples = golden_examples(context.data["test"], count)
+    names = [write_sample(folder, index, example.content) for index, example in enumerate(examples)]
+    # From the files as written: what is on the device is what made these arrays.
+    arrays = checkpoint.processing.arrays([read_sample(folder / name) for name in names])
+    output = checkpoint.spec.io.outputs[0].name
+    with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
+        saved = {**arrays, "logits-reference": runtime.infer(arrays)[output]}
+    for name, model in models.items():
+        with OnnxRuntimeSession(bundle / model["file"], threads=context.threads) as session:
+            logits = session.infer(arrays)[output]
+        model["golden_outputs"] = f"logits-{name}"
+        model["golden_tolerance"] = GOLDEN_TOLERANCES[model["precision"]] * float(logits.max() - logits.min())
+        saved[model["golden_outputs"]] = logits
+        saved[f"probabilities-{name}"] = probabilities_from_logits(logits)
+    for name, array in saved.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    labels = checkpoint.spec.labels
+    samples = [
+        {"file": f"{GOLDEN_FOLDER}/{name}", "label": labels[example.label]}
+        for name, example in zip(names, examples, strict=True)
+    ]
+    return {"samples": samples, "reference_outputs": "logits-reference"}
+
+
+def golden_examples(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first example of every label, then the second, and so on, up to `count`."""
+    seen: Counter[int] = Counter()
+    ranked = []
+    for position, example in enumerate(examples):
+        ranked.append((seen[example.label], position))
+        seen[example.label] += 1
+    return [examples[position] for _, position in sorted(ranked)[:count]]
+
+
+def write_sample(folder: Path, index: int, content: Content) -> str:
+    """Write one raw input: a text, the bytes of an encoded image, or pixels as a lossless PNG."""
+    import io
+
+    from PIL import Image
+
+    if isinstance(content, str):
+        name = f"{index:03}.txt"
+        (folder / name).write_bytes(content.encode("utf-8"))
+        return name
+    if isinstance(content, bytes | Path):
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            name = f"{index:03}{IMAGE_SUFFIXES.get(image.format or '', '.image')}"
+        (folder / name).write_bytes(data)
+        return name
+    name = f"{index:03}.png"
+    Image.fromarray(content).save(folder / name, format="PNG")
+    return name
+
+
+def read_sample(path: Path) -> Content:
+    """A raw input as `Bundle.golden_contents` reads it."""
+    data = path.read_bytes()
+    return data.decode("utf-8") if path.suffix == ".txt" else data
+
+
+# --- bundle.json, card, tar -------------------------------------------------------------------------
+
+
+def write_manifest(
+    bundle: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    processing: dict[str, Any],
+    chosen: str,
+    models: dict[str, dict[str, Any]],
+    golden: dict[str, Any],
+) -> None:
+    """`bundle.json`: the contract, and the SHA-256 of every other file. No times and no paths of this machine."""
+    spec = checkpoint.spec
+    backbone = {
+        key: getattr(spec.backbone, key) for key in ("id", "library", "name", "revision", "weights", "weights_digest")
+    }
+    write_json(
+        bundle / BUNDLE_FILE,
+        {
+            "schema_version": BUNDLE_SCHEMA_VERSION,
+            "name": name,
+            "task": spec.task,
+            "labels": list(spec.labels),
+            "io": spec.io.to_dict(),
+            "processing": processing,
+            "chosen": chosen,
+            "models": models,
+            "golden": golden,
+            "backbone": backbone,
+            "files": digest_files(bundle),
+        },
+    )
+
+
+def model_card(name: str, checkpoint: Checkpoint, evidence: dict[str, Any], samples: Sequence[Any]) -> str:
+    """README.md: what the model is, how good it is by which evidence, and how to run it."""
+    spec = checkpoint.spec
+    chosen = next(entry for entry in evidence["candidates"] if entry["name"] == evidence["chosen"])
+    low, high = chosen["accuracy_difference_interval"]
+    inputs = "\n".join(f"- `{one.name}`: {one.dtype} ({', '.join(map(str, one.dims))})" for one in spec.io.inputs)
+    return f"""# {plain(name)}
+
+{spec.task} with {len(spec.labels)} classes, adapted from {plain(spec.backbone.id)} ({plain(spec.backbone.weights)}).
+Shipped as {chosen["name"]} ({chosen["precision"]}, {chosen["size_bytes"]} bytes), chosen for {evidence["objective"]}.
+
+## Measured on {evidence["samples"]} held-out samples
+
+{measured_table(evidence, chosen)}
+
+Accuracy differs from the reference's by {chosen["accuracy_difference"]:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}
+(Tango's score interval for paired proportions). So many samples can see a drop of
+{chosen["smallest_visible_drop"]:.4f} or more (90 % power); smaller ones may be there unseen. Latency was measured
+on the machine that built this, with {evidence["threads"]} threads; another one differs.
+
+{gates_table(evidence, chosen["name"])}
+
+## Use
+
+    pipeline verify BUNDLE              # digests, and {len(samples)} golden samples on this device
+    pipeline predict BUNDLE INPUT…
+
+Inputs; preprocessing is described in `bundle.json`, and normalisation is inside the network:
+
+{inputs}
+
+Output: `{spec.io.outputs[0].name}`, float32 (batch, {len(spec.labels)}); softmax gives the probabilities of
+
+{chr(10).join(f"{index}. {plain(label)}" for index, label in enumerate(spec.labels))}
+
+It knows no other classes: an input that belongs to none of them gets one all the same.
+"""
+
+
+def measured_table(evidence: dict[str, Any], chosen: dict[str, Any]) -> str:
+    """Reference and shipped model side by side."""
+    reference = evidence["reference"]
+    rows = [
+        ("accuracy", f"{reference['accuracy']:.4f}", f"{chosen['accuracy']:.4f}"),
+        ("same class as the reference", "", f"{chosen['agreement']:.4f}"),
+        ("latency at batch 1, p50 (ms)", f"{reference['latency_ms_p50']:.2f}", f"{chosen['latency_ms_p50']:.2f}"),
+        ("size (bytes)", str(reference["size_bytes"]), str(chosen["size_bytes"])),
+    ]
+    head = ["| | PyTorch reference | this model |", "| --- | --- | --- |"]
+    return "\n".join([*head, *(f"| {name} | {before} | {after} |" for name, before, after in rows)])
+
+
+def gates_table(evidence: dict[str, Any], candidate: str) -> str:
+    """The gates of the shipped model."""
+    head = ["| gate | verdict | found |", "| --- | --- | --- |"]
+    gates = [gate for gate in evidence["gates"] if gate["subject"] == candidate]
+    return "\n".join([*head, *(f"| {gate['name']} | {gate['verdict']} | {plain(gate['message'])} |" for gate in gates)])
+
+
+def plain(text: str) -> str:
+    """Text that Markdown and HTML show as it is: names and labels come from outside."""
+    text = " ".join(text.split())
+    return re.sub(r"([\\`*{}\[\]<>|#&!])", lambda match: f"&#{ord(match[0])};", text)
+
+
+def write_tar(bundle: Path, archive: Path, name: str) -> None:
+    """A tar that depends on names and contents only: sorted, no times, owners or modes of this machine."""
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
+            entry = tarfile.TarInfo(f"{name}/{path.relative_to(bundle).as_posix()}")
+            entry.size = path.stat().st_size
+            entry.mode = 0o644
+            with path.open("rb") as stream:
+                tar.addfile(entry, stream)
+
+
+def check_verifies(report: VerifyReport) -> GateResult:
+    """The packed bundle holds on this machine."""
+    failed = [f"{check.name}: {check.message}" for check in report.checks if not check.ok]
+    gate = Gate("the bundle verifies", "at most", 0.0, "failed checks")
+    return gate.check(
+        "bundle", float(len(failed)), len(report.checks), "; ".join(failed) or "digests and golden samples"
+    )

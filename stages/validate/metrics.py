@@ -1,0 +1,176 @@
+"""How far a candidate's logits are from the reference's on the same samples, and whether they are evidence at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.inputs import batches
+from stages.validate.statistics import smallest_visible_drop, tango_interval
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.modalities import Processing
+    from models.runtimes.base import Runtime
+    from models.spec import IOSpec
+    from stages.base import Progress
+    from stages.data.splits import Example
+
+HISTOGRAM_BINS = 30
+SQNR_LIMIT_DB = 300.0
+"""Reported where the logits are equal bit by bit: the ratio has no noise to divide by."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Logits, float32 (samples, classes), or why there are none that could be evidence."""
+
+    logits: np.ndarray | None
+    problem: str = ""
+
+
+def collect_outputs(
+    runtime: Runtime,
+    processing: Processing,
+    examples: Sequence[Example],
+    io: IOSpec,
+    batch_size: int,
+    progress: Progress,
+    description: str,
+) -> Outputs:
+    """Run all examples. A missing or added output, another shape or dtype, NaN and zero samples are problems.
+
+    Raises:
+        RuntimeInferenceError: the runtime failed.
+    """
+    import numpy as np
+
+    parts = []
+    with progress.task(description, len(examples)) as advance:
+        for inputs, labels in batches(processing, examples, batch_size):
+            found = runtime.infer(inputs)
+            if problem := output_problem(found, io, len(labels)):
+                return Outputs(None, problem)
+            parts.append(found[io.outputs[0].name])
+            advance(len(labels))
+    if not parts:
+        return Outputs(None, "there is not one sample to compare on")
+    return Outputs(np.concatenate(parts))
+
+
+def output_problem(found: Mapping[str, np.ndarray], io: IOSpec, batch: int) -> str:
+    """Why the outputs of one call are not those of the I/O contract, or are not numbers; empty where they are."""
+    import numpy as np
+
+    wanted = {tensor.name: tensor for tensor in io.outputs}
+    if missing := sorted(wanted.keys() - found.keys()):
+        return f"the output {missing[0]!r} is missing; found {sorted(found)}"
+    if added := sorted(found.keys() - wanted.keys()):
+        return f"the output {added[0]!r} is not in the I/O contract, which has {sorted(wanted)}"
+    for name, tensor in wanted.items():
+        array = found[name]
+        # The first axis is the batch; the others are fixed, or named and then free.
+        shape = (batch, *(size if isinstance(size, int) else None for size in tensor.dims[1:]))
+        same = len(array.shape) == len(shape) and all(
+            size is None or size == actual for actual, size in zip(array.shape, shape, strict=True)
+        )
+        if not same or str(array.dtype) != tensor.dtype:
+            return f"{name} is {array.dtype} {array.shape}; the I/O contract says {tensor.dtype} {shape}"
+        if bad := int(np.count_nonzero(~np.isfinite(array))):
+            return f"{bad} of {array.size} values of {name} are NaN or infinite"
+    return ""
+
+
+def compare(found: Outputs, wanted: Outputs, labels: np.ndarray) -> dict[str, Any]:
+    """Differences of a candidate (`found`) from the reference (`wanted`).
+
+    Where either is no evidence there is a `problem` and every number is None, which no gate passes.
+    """
+    problem = found.problem or (f"the reference: {wanted.problem}" if wanted.problem else "")
+    if found.logits is None or wanted.logits is None:
+        return {"problem": problem, **dict.fromkeys(NUMBERS)}
+    if found.logits.shape != wanted.logits.shape:
+        problem = f"logits have shape {found.logits.shape}, the reference's {wanted.logits.shape}"
+        return {"problem": problem, **dict.fromkeys(NUMBERS)}
+    numbers = {**decisions(found.logits, wanted.logits, labels), **errors(found.logits, wanted.logits)}
+    return {"problem": problem, **numbers}
+
+
+NUMBERS = (
+    "accuracy", "accuracy_difference", "accuracy_difference_interval", "accuracy_difference_bound", "flips",
+    "smallest_visible_drop", "agreement", "logit_range", "max_abs_error", "mean_abs_error", "p999_abs_error",
+    "relative_error", "cosine", "sqnr_db", "kl", "error_histogram",
+)  # fmt: skip
+"""The keys of `decisions` and `errors`."""
+
+
+def decisions(found: np.ndarray, wanted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What differs in the classes chosen. Shares are 0 to 1; differences are candidate minus reference.
+
+    `accuracy_difference_interval` has 95 % confidence; `accuracy_difference_bound` is the lower end of
+    the 90 % one: a one-sided test at 5 %. `flips` counts samples that only one of the two gets right.
+    """
+    samples = len(labels)
+    right, right_before = found.argmax(1) == labels, wanted.argmax(1) == labels
+    gained, lost = int((right & ~right_before).sum()), int((~right & right_before).sum())
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_difference": (gained - lost) / samples,
+        "accuracy_difference_interval": list(tango_interval(gained, lost, samples)),
+        "accuracy_difference_bound": tango_interval(gained, lost, samples, 0.90)[0],
+        "flips": gained + lost,
+        "smallest_visible_drop": smallest_visible_drop((gained + lost) / samples, samples),
+        "agreement": float((found.argmax(1) == wanted.argmax(1)).mean()),
+    }
+
+
+def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+    """What differs in the logits.
+
+    `relative_error` is the largest error as a share of the reference's logit range, `cosine` the smallest
+    over all samples, `sqnr_db` 10·log10(Σ reference² / Σ error²), `kl` the mean divergence of the candidate's
+    probabilities from the reference's in nats. A reference that is zero throughout has neither range nor
+    signal: those numbers are None.
+    """
+    import numpy as np
+
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    error = np.abs(found - wanted)
+    noise, signal = float(np.square(error).sum()), float(np.square(wanted).sum())
+    scale = float(wanted.max() - wanted.min())
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    before, after = log_probabilities(wanted), log_probabilities(found)
+    counts, edges = np.histogram(error.max(1), bins=HISTOGRAM_BINS)
+    sqnr_db = min(10 * float(np.log10(signal / noise)), SQNR_LIMIT_DB) if noise and signal else SQNR_LIMIT_DB
+    return {
+        "logit_range": scale,
+        "max_abs_error": float(error.max()),
+        "mean_abs_error": float(error.mean()),
+        "p999_abs_error": float(np.quantile(error, 0.999)),
+        "relative_error": float(error.max()) / scale if scale else None,
+        "cosine": float(((found * wanted).sum(1) / norms).min()) if norms.all() else None,
+        "sqnr_db": sqnr_db if signal else None,
+        # Rounding can leave a divergence of equal distributions just below zero.
+        "kl": max(float((np.exp(before) * (before - after)).sum(1).mean()), 0.0),
+        "error_histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
+    }
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax over the classes: float64 (samples, classes)."""
+    import numpy as np
+
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    values: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return values
+
+
+def confusion_of(logits: np.ndarray, labels: np.ndarray, classes: int) -> list[list[int]]:
+    """Counts: row = true class, column = predicted class."""
+    import numpy as np
+
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(matrix, (labels, logits.argmax(1)), 1)
+    return [[int(value) for value in row] for row in matrix]

@@ -1,0 +1,324 @@
+"""validate: every candidate against the unpatched merged PyTorch network on the held-out test split.
+
+Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split.
+Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen.
+Gates: outputs that can be compared, accuracy drop, agreement, numeric error by precision, and limits on
+latency and size where set; for each candidate. No evidence is never a pass.
+Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from models.errors import IntegrityError
+from stages.artifact import sha256_of_file, write_json
+from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.candidates import Candidate, read_candidates
+from stages.gate import Gate, GateResult
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.checkpoint import Checkpoint
+    from models.runtimes.base import Runtime
+    from stages.artifact import Artifact
+    from stages.validate.metrics import Outputs
+
+EVIDENCE = "evidence.json"
+EVIDENCE_SCHEMA_VERSION = 1
+REFERENCE = "pytorch"
+LATENCY_SAMPLES = 8
+"""Different real samples that the timed calls take in turn."""
+
+OBJECTIVES = {"latency": "latency_ms_p50", "size": "size_bytes", "accuracy": "accuracy"}
+
+
+class GatesConfig(StageConfig):
+    """What a release must hold. Every gate is checked for every candidate."""
+
+    max_metric_drop: float = Field(
+        default=0.01, ge=0, description="Largest drop of the accuracy below the reference (accuracy, 0.01 = 1 point)."
+    )
+    metric_drop: Literal["observed", "proven"] = Field(
+        default="observed",
+        description="What max_metric_drop bounds: the drop observed, or the largest one that the samples do not rule "
+        "out (one-sided 95 % bound; takes thousands of samples: 8.56·flips/margin²).",
+    )
+    min_agreement: float = Field(
+        default=0.99,
+        ge=0,
+        le=1,
+        description="Smallest share of samples with the reference's top-1 class, fp32 and fp16.",
+    )
+    min_agreement_int8: float = Field(
+        default=0.94, ge=0, le=1, description="The same for INT8 candidates, whose near-ties flip without harm."
+    )
+    max_relative_error_fp32: float = Field(
+        default=1e-3, gt=0, description="Largest logit error of fp32 as a share of the reference's logit range (ratio)."
+    )
+    max_relative_error_fp16: float = Field(
+        default=2e-2, gt=0, description="Largest logit error of fp16 as a share of the reference's logit range (ratio)."
+    )
+    min_sqnr_db: float = Field(
+        default=10.0,
+        description="Smallest signal-to-quantization-noise ratio of any candidate (dB). Halved logits, which keep "
+        "every class and the accuracy, have 6 dB.",
+    )
+    max_latency_ms: float | None = Field(
+        default=None, gt=0, description="Largest p95 latency at batch 1 on this machine (milliseconds)."
+    )
+    max_size_bytes: int | None = Field(
+        default=None, gt=0, description="Largest model, with its external weights (bytes)."
+    )
+
+
+class ValidateConfig(StageConfig):
+    """How candidates are measured and which one is shipped."""
+
+    objective: Literal["latency", "size", "accuracy"] = Field(
+        default="latency", description="What the shipped candidate is best at, among those whose gates all passed."
+    )
+    batch_size: int = Field(
+        default=32, ge=1, description="Batch size of the accuracy and throughput measurements (number)."
+    )
+    latency_calls: int = Field(default=100, ge=20, description="Timed calls of each runtime at batch 1 (number).")
+    gates: GatesConfig = Field(default_factory=GatesConfig, description="Thresholds.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate, the artifact it comes from, and the SHA-256 of its files."""
+
+    candidate: Candidate
+    artifact: Artifact
+    files: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """The ONNX file."""
+        return self.candidate.path(self.artifact)
+
+
+class Validate:
+    """See the module's docstring."""
+
+    name = "validate"
+    config_type = ValidateConfig
+    consumes = ("merge-lora", "export", "quantize")
+    splits: tuple[SplitName, ...] = ("test",)
+    packages = ("torch", "timm", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "pillow",
+                "tokenizers")  # fmt: skip
+
+    def run(self, context: StageContext, config: ValidateConfig) -> StageResult:
+        """Measure the reference and every candidate, check the gates, choose."""
+        from models.checkpoint import load_checkpoint
+
+        checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
+        candidates = accepted_candidates(context)
+        outputs = all_outputs(context, config, checkpoint, candidates)
+        timings = all_timings(context, config, checkpoint, candidates)
+        evidence = assemble(context, checkpoint, candidates, outputs, timings)
+        gates: list[GateResult] = []
+        for entry in evidence["candidates"]:
+            results = check(entry, config.gates, evidence["samples"])
+            entry["passed"] = all(result.passed for result in results)
+            gates += results
+        chosen = choose(evidence["candidates"], config.objective)
+        gates.append(Gate("a candidate can ship", "at least", 1.0, "candidates").check("validate", float(bool(chosen))))
+        evidence |= {"objective": config.objective, "chosen": chosen, "confusion": confusion(chosen, outputs, context)}
+        write_json(context.output / EVIDENCE, evidence | {"gates": [gate.to_dict() for gate in gates]})
+        return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))
+
+
+def accepted_candidates(context: StageContext) -> list[Measured]:
+    """Every accepted candidate of export and quantize, with the digests of the bytes about to be measured.
+
+    Raises:
+        IntegrityError: a file is not as its stage recorded it.
+    """
+    found = []
+    for stage in ("export", "quantize"):
+        artifact = context.inputs[stage]
+        for candidate in read_candidates(artifact):
+            if not candidate.accepted:
+                continue
+            names = [name for name in (candidate.file, f"{candidate.file}.data") if name in artifact.manifest["files"]]
+            files = {name: sha256_of_file(artifact.file(name)) for name in names}
+            for name, digest in files.items():
+                if digest != artifact.manifest["files"][name]:
+                    raise IntegrityError(
+                        f"{artifact.folder / name} has changed since {stage} wrote it; run {stage} again"
+                    )
+            found.append(Measured(candidate, artifact, files))
+    return found
+
+
+def all_outputs(
+    context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, candidates: list[Measured]
+) -> dict[str, Outputs]:
+    """What the reference and every candidate make of the whole test split."""
+    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+    from models.runtimes.torch_eager import TorchEager
+    from stages.validate.metrics import collect_outputs
+
+    def outputs_of(runtime: Runtime, name: str) -> Outputs:
+        test, io = context.data["test"], checkpoint.spec.io
+        return collect_outputs(runtime, checkpoint.processing, test, io, config.batch_size, context.progress, name)
+
+    with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as reference:
+        outputs = {REFERENCE: outputs_of(reference, REFERENCE)}
+    for one in candidates:
+        with OnnxRuntimeSession(one.path, threads=context.threads) as session:
+            outputs[one.candidate.name] = outputs_of(session, one.candidate.name)
+    return outputs
+
+
+def all_timings(
+    context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, candidates: list[Measured]
+) -> dict[str, dict[str, float]]:
+    """Latency and throughput of the reference and every candidate, with equal threads, in turns."""
+    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+    from models.runtimes.torch_eager import TorchEager
+    from stages.validate.latency import measure_latency
+
+    contents = [one.content for one in context.data["test"][: config.batch_size]]
+    if not contents:
+        return {}
+    singles = [checkpoint.processing.arrays([content]) for content in contents[:LATENCY_SAMPLES]]
+    with ExitStack() as stack:
+        eager = TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads)
+        runtimes: dict[str, Runtime] = {REFERENCE: stack.enter_context(eager)}
+        for one in candidates:
+            session = OnnxRuntimeSession(one.path, threads=context.threads)
+            runtimes[one.candidate.name] = stack.enter_context(session)
+        batch = checkpoint.processing.arrays(contents)
+        return measure_latency(runtimes, singles, batch, config.latency_calls, context.progress)
+
+
+def assemble(
+    context: StageContext,
+    checkpoint: Checkpoint,
+    candidates: list[Measured],
+    outputs: dict[str, Outputs],
+    timings: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """Everything that was measured, as plain values."""
+    from stages.validate.metrics import compare
+
+    labels = true_labels(context)
+    reference, reference_times = outputs[REFERENCE].logits, timings.get(REFERENCE, dict.fromkeys(TIMES))
+    entries = []
+    for one in candidates:
+        times = timings.get(one.candidate.name, dict.fromkeys(TIMES))
+        before, after = reference_times["latency_ms_p50"], times["latency_ms_p50"]
+        entries.append(
+            {
+                "name": one.candidate.name,
+                "stage": one.artifact.stage,
+                "precision": one.candidate.precision,
+                "file": one.candidate.file,
+                "files": one.files,
+                "sha256": one.files[one.candidate.file],
+                "size_bytes": sum(one.artifact.file(name).stat().st_size for name in one.files),
+                **compare(outputs[one.candidate.name], outputs[REFERENCE], labels),
+                **times,
+                "speedup": before / after if before and after else None,
+            }
+        )
+    weights = context.inputs["merge-lora"].file("checkpoint/model.safetensors")
+    return {
+        "schema_version": EVIDENCE_SCHEMA_VERSION,
+        "samples": len(labels),
+        "data_fingerprint": context.data.fingerprints["test"],
+        "threads": context.threads,
+        "labels": list(checkpoint.spec.labels),
+        "reference": {
+            "accuracy": float((reference.argmax(1) == labels).mean()) if reference is not None else None,
+            "size_bytes": weights.stat().st_size,
+            **reference_times,
+        },
+        "candidates": entries,
+    }
+
+
+TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s")
+"""The keys of a runtime's timings; None where there was no sample to run."""
+
+
+def true_labels(context: StageContext) -> np.ndarray:
+    """int64 (samples,)."""
+    import numpy as np
+
+    return np.array([one.label for one in context.data["test"]], dtype=np.int64)
+
+
+def check(entry: dict[str, Any], gates: GatesConfig, samples: int) -> list[GateResult]:
+    """The gates of one candidate."""
+    name, precision, problem = entry["name"], entry["precision"], entry["problem"]
+    agreement = gates.min_agreement_int8 if precision == "int8" else gates.min_agreement
+    key = "accuracy_difference" if gates.metric_drop == "observed" else "accuracy_difference_bound"
+    drop = None if entry[key] is None else 0.0 - entry[key]
+    visible = "" if drop is None else f"{samples} samples can see drops of {entry['smallest_visible_drop']:.4f} or more"
+    results = [
+        Gate("comparable outputs", "at most", 0.0, "problems").check(name, float(bool(problem)), samples, problem),
+        Gate("accuracy drop", "at most", gates.max_metric_drop, "accuracy").check(name, drop, samples, visible),
+        Gate("top-1 agreement", "at least", agreement).check(name, entry["agreement"], samples),
+        Gate("SQNR", "at least", gates.min_sqnr_db, "dB").check(name, entry["sqnr_db"], samples),
+    ]
+    limits = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
+    if precision in limits:
+        gate = Gate("logit error", "at most", limits[precision], "of the logit range")
+        results.append(gate.check(name, entry["relative_error"], samples))
+    if gates.max_latency_ms is not None:
+        results.append(Gate("p95 latency", "at most", gates.max_latency_ms, "ms").check(name, entry["latency_ms_p95"]))
+    if gates.max_size_bytes is not None:
+        results.append(Gate("size", "at most", gates.max_size_bytes, "bytes").check(name, float(entry["size_bytes"])))
+    return results
+
+
+def choose(entries: list[dict[str, Any]], objective: str) -> str | None:
+    """The best of those that passed; of equals the faster, then the smaller one. None where none passed."""
+    sign = -1 if objective == "accuracy" else 1
+    passed = [entry for entry in entries if entry["passed"]]
+    if not passed:
+        return None
+
+    def rank(entry: dict[str, Any]) -> tuple[float, float, float]:
+        return sign * entry[OBJECTIVES[objective]], entry["latency_ms_p50"], entry["size_bytes"]
+
+    return str(min(passed, key=rank)["name"])
+
+
+def confusion(chosen: str | None, outputs: dict[str, Outputs], context: StageContext) -> list[list[int]]:
+    """The confusion matrix of the chosen candidate; empty where there is none."""
+    from stages.validate.metrics import confusion_of
+
+    logits = outputs[chosen].logits if chosen else None
+    return [] if logits is None else confusion_of(logits, true_labels(context), len(context.data.labels))
+
+
+def notes_of(evidence: dict[str, Any]) -> list[str]:
+    """One line a candidate, and what was chosen."""
+    reference = evidence["reference"]
+    if reference["accuracy"] is None or reference["latency_ms_p50"] is None:
+        return [f"{REFERENCE}: no evidence on {evidence['samples']} samples"]
+    lines = [
+        f"{REFERENCE}: accuracy {reference['accuracy']:.4f} on {evidence['samples']} samples, "
+        f"{reference['latency_ms_p50']:.2f} ms"
+    ]
+    for entry in evidence["candidates"]:
+        if entry["problem"]:
+            lines.append(f"{entry['name']}: {entry['problem']}")
+            continue
+        lines.append(
+            f"{entry['name']}: accuracy {entry['accuracy']:.4f} ({entry['accuracy_difference']:+.4f}; drops of "
+            f"{entry['smallest_visible_drop']:.4f} or more would show), agreement {entry['agreement']:.4f}, "
+            f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
+        )
+    return [*lines, f"chosen for {evidence['objective']}: {evidence['chosen'] or 'none'}"]

@@ -1,0 +1,224 @@
+"""export: parity at other shapes, gates that fail when the graph is wrong, and errors that name the frozen axis."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from models.checkpoint import load_checkpoint
+from models.errors import DataError, ExportError
+from models.spec import IOSpec, Task
+from stages.export import (
+    Export,
+    ExportConfig,
+    check_graph,
+    export_onnx,
+    fp16_from_fp32,
+    parity_gates,
+    reference_logits,
+    save_onnx,
+    shape_errors,
+    tried_inputs,
+    use_plain_attention,
+)
+from tests.models.tiny import VIT, image_backbone, saved_checkpoint
+from tests.stages.chain import context_of, made, test_split
+
+TASKS: tuple[Task, ...] = ("image-classification", "text-classification")
+
+
+def dims_of(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_files_have_the_names_and_axes_of_the_specification(task: Task) -> None:
+    artifact = made(task)["export"]
+    io = load_checkpoint(made(task)["merge-lora"].folder / "checkpoint").spec.io
+    for precision in ("fp32", "fp16"):
+        graph = onnx.load(artifact.file(f"onnx-{precision}.onnx")).graph
+        for values, specs in ((graph.input, io.inputs), (graph.output, io.outputs)):
+            assert [(value.name, dims_of(value)) for value in values] == [(one.name, list(one.dims)) for one in specs]
+            kinds = [onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in values]
+            assert kinds == [np.dtype(one.dtype) for one in specs]  # also in fp16: callers see one contract
+        assert not graph.value_info
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_candidates_list_what_was_tried(task: Task) -> None:
+    fp32, fp16 = json.loads(made(task)["export"].file("candidates.json").read_text())
+    assert (fp32["name"], fp16["name"]) == ("onnx-fp32", "onnx-fp16")
+    assert fp16["size_bytes"] < fp32["size_bytes"]
+    batches = {shape.split("×")[0] for shape in fp32["measurements"]["shapes_tried"]}
+    assert {"1", "3", "8"} <= batches
+    assert fp32["measurements"]["max_abs_error"] <= fp32["measurements"]["tolerance"]
+
+
+def test_texts_are_tried_short_and_at_full_length(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(made("text-classification")["merge-lora"].folder / "checkpoint")
+    context = context_of(tmp_path / "out", {}, "text-classification")
+    lengths = [arrays["input_ids"].shape[1] for arrays in tried_inputs(checkpoint, context)]
+    assert min(lengths) == 3 and max(lengths) == checkpoint.processing.max_length  # type: ignore[attr-defined]
+
+
+def test_a_small_validation_split_is_repeated_up_to_every_batch_size(tmp_path: Path) -> None:
+    examples = test_split("image-classification", 1)
+    context = context_of(tmp_path / "out", made("image-classification"), examples=examples)
+    result = Export().run(context, ExportConfig(precisions=("fp32",)))
+    assert [gate.verdict for gate in result.gates] == ["pass"] * 3
+    assert result.measurements["candidates"][0]["shapes_tried"] == [f"{size}×32×32×3" for size in (1, 3, 8)]
+
+
+def test_an_empty_validation_split_is_no_evidence(tmp_path: Path) -> None:
+    context = context_of(tmp_path / "out", made("image-classification"), examples=())
+    with pytest.raises(DataError, match="validation split is empty"):
+        Export().run(context, ExportConfig())
+
+
+def test_only_fp32_where_only_fp32_is_asked_for(tmp_path: Path) -> None:
+    Export().run(context_of(tmp_path / "out", made("image-classification")), ExportConfig(precisions=("fp32",)))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["candidates.json", "onnx-fp32.onnx"]
+
+
+def errors_after(tmp_path: Path, name: str, change: str) -> list[tuple[str, float]]:
+    """The parity errors of the exported image network after one weight was changed."""
+    artifacts = made("image-classification")
+    checkpoint = load_checkpoint(artifacts["merge-lora"].folder / "checkpoint")
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", artifacts))
+    reference, _ = reference_logits(checkpoint, shapes)
+    model = onnx.load(artifacts["export"].file("onnx-fp32.onnx"))
+    found = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(name))
+    values = numpy_helper.to_array(found).copy()
+    values = values[::-1].copy() if change == "permuted" else np.where(np.arange(len(values)) == 0, np.nan, values)
+    found.CopyFrom(numpy_helper.from_array(values.astype(np.float32), found.name))
+    onnx.save(model, tmp_path / "broken.onnx")
+    return shape_errors(tmp_path / "broken.onnx", shapes, reference, 2)
+
+
+@pytest.mark.parametrize("change", ["permuted", "NaN"])
+def test_the_gate_fails_for_a_broken_graph(tmp_path: Path, change: str) -> None:
+    name = "task_head.weight" if change == "permuted" else "task_head.bias"
+    gates = parity_gates("onnx-fp32", errors_after(tmp_path, name, change), 1e-3, 1.0)
+    assert len(gates) == 3 and not any(gate.passed for gate in gates)
+
+
+def test_the_gate_fails_for_another_output_shape(tmp_path: Path) -> None:
+    artifacts = made("image-classification")
+    checkpoint = load_checkpoint(artifacts["merge-lora"].folder / "checkpoint")
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", artifacts))
+    wrong = [logits[:, :2] for logits in reference_logits(checkpoint, shapes)[0]]
+    errors = shape_errors(artifacts["export"].file("onnx-fp32.onnx"), shapes, wrong, 2)
+    assert not any(gate.passed for gate in parity_gates("onnx-fp32", errors, 1e9, 1.0))
+
+
+def exported_io() -> tuple[onnx.ModelProto, IOSpec]:
+    artifacts = made("image-classification")
+    io = load_checkpoint(artifacts["merge-lora"].folder / "checkpoint").spec.io
+    return onnx.load(artifacts["export"].file("onnx-fp32.onnx")), io
+
+
+def test_a_frozen_axis_is_named(tmp_path: Path) -> None:
+    model, io = exported_io()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    save_onnx(model, tmp_path / "frozen.onnx")
+    with pytest.raises(ExportError, match=r"axis 'batch' of image was frozen at 2"):
+        check_graph(tmp_path / "frozen.onnx", io)
+
+
+def test_another_fixed_size_is_named(tmp_path: Path) -> None:
+    model, io = exported_io()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 64
+    save_onnx(model, tmp_path / "other.onnx")
+    with pytest.raises(ExportError, match=r"other\.onnx"):
+        check_graph(tmp_path / "other.onnx", io)
+
+
+def test_another_output_name_is_named(tmp_path: Path) -> None:
+    model, io = exported_io()
+    for node in model.graph.node:
+        node.output[:] = ["scores" if name == "logits" else name for name in node.output]
+    model.graph.output[0].name = "scores"
+    save_onnx(model, tmp_path / "renamed.onnx")
+    with pytest.raises(ExportError, match=r"has \['scores'\]; expected \['logits'\]"):
+        check_graph(tmp_path / "renamed.onnx", io)
+
+
+def test_a_graph_that_the_checker_refuses(tmp_path: Path) -> None:
+    model, io = exported_io()
+    model.graph.node[0].input[0] = "nowhere"
+    onnx.save(model, tmp_path / "invalid.onnx")
+    with pytest.raises(ExportError, match=r"invalid\.onnx is no valid ONNX graph"):
+        check_graph(tmp_path / "invalid.onnx", io)
+
+
+def test_half_precision_halves_the_weights_and_keeps_the_interface() -> None:
+    model, _ = exported_io()
+    half = fp16_from_fp32(model)
+    weight = next(tensor for tensor in half.graph.initializer if tensor.name.endswith("task_head.weight"))
+    assert weight.data_type == onnx.TensorProto.FLOAT16
+    assert half.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert half.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+
+
+def test_no_path_of_this_machine_is_in_the_file() -> None:
+    content = made("image-classification")["export"].file("onnx-fp32.onnx").read_bytes()
+    assert str(Path(__file__).parents[2]).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_a_failing_export_is_retried_with_plain_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The retry patches a copy: the reference keeps its attention."""
+    import stages.export as module
+
+    architecture = {"library": "hf", "modality": "image", "config": VIT, "mean": [0.5] * 3, "std": [0.5] * 3}
+    saved_checkpoint(tmp_path / "checkpoint", image_backbone(architecture))
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    assert checkpoint.model.backbone.network.config._attn_implementation == "sdpa"
+    exporter, seen = module.run_exporter, []
+
+    def refuses_fused_attention(model: torch.nn.Module, *arguments: object) -> onnx.ModelProto:
+        seen.append(model.backbone.network.config._attn_implementation)
+        if seen[-1] == "sdpa":
+            raise RuntimeError("Cannot view a tensor with shape …")
+        return exporter(model, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "run_exporter", refuses_fused_attention)
+    example = checkpoint.processing.arrays([one.content for one in test_split("image-classification", 2)])
+    _, attention = export_onnx(checkpoint, example, 20)
+    assert (seen, attention) == (["sdpa", "eager"], "plain")
+    assert checkpoint.model.backbone.network.config._attn_implementation == "sdpa"
+
+
+def test_plain_attention_computes_the_same(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(made("text-classification")["merge-lora"].folder / "checkpoint")
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}, "text-classification"))
+    plain = copy.deepcopy(checkpoint.model)
+    use_plain_attention(plain)
+    assert plain.backbone.network.config._attn_implementation == "eager"
+    inputs = [torch.from_numpy(shapes[1][tensor.name]) for tensor in checkpoint.spec.io.inputs]
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(*inputs), checkpoint.model(*inputs), atol=1e-5, rtol=0)
+
+
+def test_an_export_that_fails_twice_says_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stages.export as module
+
+    def refuses(*_: object) -> onnx.ModelProto:
+        raise RuntimeError("")
+
+    monkeypatch.setattr(module, "run_exporter", refuses)
+    checkpoint = load_checkpoint(made("text-classification")["merge-lora"].folder / "checkpoint")
+    with pytest.raises(ExportError, match=r"as built attention: RuntimeError.*plain attention: RuntimeError"):
+        export_onnx(checkpoint, {}, 20)
+
+
+def test_the_configuration_refuses_other_formats() -> None:
+    with pytest.raises(ValueError, match="onnx"):
+        ExportConfig(formats=("tensorrt",))  # type: ignore[arg-type]

@@ -1,0 +1,206 @@
+"""finetune: what each strategy writes, what its numbers mean, and what stops it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+from models.adapters import load_adapted
+from models.checkpoint import load_checkpoint
+from models.classifier import Classifier
+from models.errors import MissingCapabilityError, TrainingError
+from models.modalities import Processing
+from stages.artifact import digest_files
+from stages.data.splits import DataSplits
+from stages.finetune import Finetune, FinetuneConfig
+from stages.inputs import batches
+from tests.stages.small_run import images, made_up_data, make_context, split_of
+
+EPOCHS = {"epochs": 2, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSplits:
+    return made_up_data("image")
+
+
+def accuracy_of(model: nn.Module, processing: Processing, data: DataSplits) -> float:
+    """On the validation split."""
+    right = []
+    with torch.inference_mode():
+        for arrays, labels in batches(processing, data["validation"], 5):
+            logits = model(*(torch.from_numpy(arrays[tensor.name]) for tensor in processing.inputs))
+            right.append(logits.argmax(1).numpy() == labels)
+    return float(np.concatenate(right).mean())
+
+
+def test_feature_extraction_ships_the_accuracy_it_reports(tmp_path: Path, data: DataSplits) -> None:
+    context = make_context(tmp_path, "out", data)
+    result = Finetune().run(context, FinetuneConfig(strategy="feature-extraction"))
+    stored = load_checkpoint(context.output / "checkpoint")
+    assert accuracy_of(stored.model, stored.processing, data) == result.measurements["validation_accuracy"]
+    assert result.measurements["validation_accuracy"] > result.measurements["majority_baseline"] + 0.2
+    assert result.measurements["trainable_parameters"] == sum(
+        one.numel() for one in stored.model.task_head.parameters()
+    )
+    before = load_file(tmp_path / "backbone-image" / "model.safetensors")
+    after = load_file(context.output / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone."))
+    assert not torch.equal(before["task_head.weight"], after["task_head.weight"])
+
+
+def test_features_are_computed_once_per_content(
+    tmp_path: Path, data: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FinetuneConfig(strategy="feature-extraction")
+    first = Finetune().run(make_context(tmp_path, "out", data), config)
+    (tmp_path / "out").rename(tmp_path / "first")
+
+    def refuse(*inputs: object) -> None:
+        raise AssertionError("a forward pass although the features are on disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "features", refuse)
+        again = Finetune().run(make_context(tmp_path, "out", data), config)
+    assert again.measurements["validation_accuracy"] == first.measurements["validation_accuracy"]
+    (tmp_path / "out").rename(tmp_path / "second")
+    changed = replace(data, splits={**data.splits, "train": data["train"][1:]})
+    monkeypatch.setattr(Classifier, "features", refuse)
+    with pytest.raises(AssertionError, match="forward pass"):
+        Finetune().run(make_context(tmp_path, "out", changed), config)
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_lora_writes_a_base_and_an_adapter_that_differs(tmp_path: Path, kind: str) -> None:
+    data = made_up_data(kind)
+    context = make_context(tmp_path, "out", data, kind)
+    result = Finetune().run(context, FinetuneConfig(strategy="lora", **EPOCHS))
+    base = load_checkpoint(context.output / "base")
+    adapted = load_adapted(context.output / "base", context.output / "adapter")
+    assert accuracy_of(adapted, base.processing, data) == result.measurements["validation_accuracy"]
+    assert accuracy_of(base.model, base.processing, data) == result.measurements["probe_validation_accuracy"]
+    weights = load_file(context.output / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.count_nonzero()) for name, tensor in weights.items() if "lora_B" in name)
+    assert any("task_head" in name for name in weights)
+    assert 1 <= result.measurements["best_epoch"] <= 2
+    assert [entry["epoch"] for entry in result.measurements["history"]] == [1, 2]
+    share = result.measurements["trainable_parameters"] / result.measurements["total_parameters"]
+    assert 0 < share < 1
+    assert not (context.output / "checkpoint").exists()
+
+
+def test_full_moves_the_backbone_more_slowly_than_the_head(tmp_path: Path, data: DataSplits) -> None:
+    context = make_context(tmp_path, "out", data)
+    result = Finetune().run(context, FinetuneConfig(strategy="full", **EPOCHS))
+    stored = load_checkpoint(context.output / "checkpoint")
+    assert accuracy_of(stored.model, stored.processing, data) == result.measurements["validation_accuracy"]
+    assert result.measurements["backbone_learning_rate"] < result.measurements["head_learning_rate"]
+    assert result.measurements["trainable_parameters"] == result.measurements["total_parameters"]
+    before = load_file(tmp_path / "backbone-image" / "model.safetensors")
+    after = load_file(context.output / "checkpoint" / "model.safetensors")
+    convolution = "backbone.network.conv_stem.weight"
+    moved = float((before[convolution] - after[convolution]).abs().max())
+    steps = 2 * 3
+    assert 0 < moved < 2 * steps * result.measurements["backbone_learning_rate"]
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, data: DataSplits) -> None:
+    config = FinetuneConfig(strategy="lora", **EPOCHS)
+    digests = []
+    for name in ("one", "two"):
+        context = make_context(tmp_path, name, data)
+        Finetune().run(context, config)
+        digests.append(digest_files(context.output))
+    assert digests[0] == digests[1]
+    history = json.loads((tmp_path / "one" / "history.json").read_text(encoding="utf-8"))
+    assert len(history["epochs"]) == 2
+    assert all("validation_accuracy" in epoch and "seconds" not in epoch for epoch in history["epochs"])
+
+
+def test_auto_is_lora_and_from_scratch_is_full(tmp_path: Path, data: DataSplits) -> None:
+    few = {"epochs": 1, "batch_size": 8}
+    plain = Finetune().run(make_context(tmp_path, "plain", data), FinetuneConfig(**few))
+    assert plain.measurements["strategy"] == "lora"
+    scratch = FinetuneConfig(from_scratch=True, initial_head="random", **few)
+    result = Finetune().run(make_context(tmp_path, "scratch", data), scratch)
+    assert result.measurements["strategy"] == "full"
+    assert result.measurements["probe_validation_accuracy"] is None
+    before = load_file(tmp_path / "backbone-image" / "model.safetensors")
+    after = load_file(tmp_path / "scratch" / "checkpoint" / "model.safetensors")
+    name = "backbone.network.conv_stem.weight"
+    assert float((before[name] - after[name]).abs().max()) > 0.05
+
+
+def test_adapters_on_random_weights_are_refused_by_the_configuration() -> None:
+    with pytest.raises(ValidationError, match="write strategy: full"):
+        FinetuneConfig(strategy="lora", from_scratch=True)
+
+
+def test_divergence_names_the_rates(tmp_path: Path, data: DataSplits) -> None:
+    config = FinetuneConfig(strategy="lora", backbone_learning_rate=1e30, head_learning_rate=1e30, **EPOCHS)
+    with pytest.raises(TrainingError, match=r"diverged.*1e\+30 \(backbone\)"):
+        Finetune().run(make_context(tmp_path, "out", data), config)
+
+
+def test_adapters_that_never_move_are_an_error(tmp_path: Path, data: DataSplits) -> None:
+    config = FinetuneConfig(strategy="lora", backbone_learning_rate=1e-60, epochs=1, batch_size=8)
+    with pytest.raises(TrainingError, match="never trained"):
+        Finetune().run(make_context(tmp_path, "out", data), config)
+
+
+def test_never_beating_the_majority_fails_a_gate(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    made = {}
+    for name, count in (("train", 30), ("validation", 30)):
+        labels = [int(index % 10 == 0) for index in range(count)]
+        made[name] = split_of(images([2] * count, random), labels)  # every image alike, whatever its label
+    data = DataSplits(("a", "b"), made, {})
+    result = Finetune().run(make_context(tmp_path, "out", data), FinetuneConfig(strategy="feature-extraction"))
+    gate = {one.name: one for one in result.gates}["beats the majority class"]
+    assert result.measurements["majority_baseline"] == 0.9
+    assert not gate.passed
+    assert "the majority class alone gives 0.900" in gate.message
+
+
+def test_ending_below_the_probe_fails_a_gate(tmp_path: Path, data: DataSplits) -> None:
+    wrecking = FinetuneConfig(
+        strategy="full", epochs=1, batch_size=8, backbone_learning_rate=1.0, head_learning_rate=1.0, warmup_fraction=0
+    )
+    result = Finetune().run(make_context(tmp_path, "out", data), wrecking)
+    gate = {one.name: one for one in result.gates}["not below its linear probe"]
+    assert result.measurements["validation_accuracy"] < result.measurements["probe_validation_accuracy"] - 0.01
+    assert not gate.passed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_needs_a_gpu(tmp_path: Path, data: DataSplits, precision: str) -> None:
+    config = FinetuneConfig(strategy="lora", precision=precision, epochs=1)  # type: ignore[arg-type]
+    with pytest.raises(MissingCapabilityError, match="precision: auto"):
+        Finetune().run(make_context(tmp_path, "out", data), config)
+
+
+def test_a_last_batch_of_one_does_not_stop_batch_norm(tmp_path: Path) -> None:
+    data = made_up_data("image", counts={"train": 9, "validation": 9})
+    config = FinetuneConfig(strategy="full", epochs=1, batch_size=8)
+    result = Finetune().run(make_context(tmp_path, "out", data), config)
+    assert (result.measurements["validation_accuracy"] * 9) % 1 < 1e-9  # all nine were judged
+    one_by_one = config.model_copy(update={"batch_size": 1})
+    with pytest.raises(TrainingError, match="batch norm cannot train on one value"):
+        Finetune().run(make_context(tmp_path, "again", data), one_by_one)
+
+
+def test_two_classes_of_which_validation_has_one(tmp_path: Path) -> None:
+    data = made_up_data("image", classes=2)
+    only = tuple(one for one in data["validation"] if one.label == 1)
+    data = replace(data, splits={**data.splits, "validation": only})
+    result = Finetune().run(make_context(tmp_path, "out", data), FinetuneConfig(strategy="feature-extraction"))
+    stored = load_checkpoint(tmp_path / "out" / "checkpoint")
+    assert accuracy_of(stored.model, stored.processing, data) == result.measurements["validation_accuracy"]

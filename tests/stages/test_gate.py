@@ -1,0 +1,29 @@
+"""No evidence is never a pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from stages.gate import Gate
+
+
+@pytest.mark.parametrize(
+    ("direction", "measured", "passes"),
+    [("at most", 1.0, True), ("at most", 1.01, False), ("at least", 1.0, True), ("at least", 0.99, False)],
+)
+def test_thresholds_are_inclusive(direction: str, measured: float, passes: bool) -> None:
+    assert Gate("g", direction, 1.0).check("x", measured, 5).passed is passes  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("measured", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("direction", ["at most", "at least"])
+def test_no_evidence_fails(direction: str, measured: float | None) -> None:
+    result = Gate("g", direction, 1.0).check("x", measured, 5)  # type: ignore[arg-type]
+    assert result.verdict == "fail"
+    assert result.measured is None
+
+
+def test_zero_samples_fail() -> None:
+    assert not Gate("g", "at most", 1.0).check("x", 0.0, 0).passed

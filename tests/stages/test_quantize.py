@@ -1,0 +1,275 @@
+"""quantize: the budget decides, the ladder finds what INT8 breaks, and the graphs are what they claim to be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from models.errors import QuantizeError
+from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+from models.spec import Task
+from stages.artifact import Artifact
+from stages.base import StageContext
+from stages.data.splits import DataSplits, Example
+from stages.quantize import Quantize, QuantizeConfig
+from stages.quantize.qdq import Form, compute_nodes, merge_ranges, quantizable_nodes, quantize_graph
+from stages.quantize.stage import Workbench, calibrate, count_macs, float_counts, quantize_statically, rank_nodes
+from tests.stages.chain import artifact_of, context_of, made, test_split
+
+TASKS: tuple[Task, ...] = ("image-classification", "text-classification")
+LOOSE: dict[str, Any] = {"max_metric_drop": 0.2, "min_agreement": 0.7}
+
+
+def context_for(tmp_path: Path, task: Task, inputs: dict[str, Artifact] | None = None) -> StageContext:
+    """validation and calibration of made-up examples."""
+    examples = test_split(task, 64)
+    context = context_of(tmp_path / "out", inputs or made(task), task, examples[:48])
+    splits = {"train": (), "validation": examples[:48], "calibration": examples[48:], "test": ()}
+    resume = tmp_path / "resume"
+    resume.mkdir()
+    return replace(context, resume=resume, data=replace(context.data, splits=splits))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_candidates_inside_the_budget_are_written(tmp_path: Path, task: Task) -> None:
+    context = context_for(tmp_path, task)
+    result = Quantize().run(context, QuantizeConfig(**LOOSE))
+    assert [gate.verdict for gate in result.gates] == ["pass"]
+    candidates = {one["name"]: one for one in json.loads((context.output / "candidates.json").read_text())}
+    assert candidates["onnx-int8-static"]["accepted"]
+    assert candidates["onnx-int8-dynamic"]["accepted"] == (task == "text-classification")
+    written = sorted(path.stem for path in context.output.glob("*.onnx"))
+    assert written == sorted(name for name, one in candidates.items() if one["accepted"])
+    fp32 = made(task)["export"].file("onnx-fp32.onnx").stat().st_size
+    static = candidates["onnx-int8-static"]
+    assert static["size_bytes"] == (context.output / "onnx-int8-static.onnx").stat().st_size < fp32
+    assert static["measurements"]["share_int8_macs"] > 0.5
+    assert not list(context.resume.iterdir())
+
+
+def test_a_network_without_matrix_products_has_nothing_for_the_dynamic_scheme(tmp_path: Path) -> None:
+    context = context_for(tmp_path, "image-classification")
+    result = Quantize().run(context, QuantizeConfig(schemes=("int8-dynamic",), **LOOSE))
+    assert [gate.verdict for gate in result.gates] == ["fail"]
+    assert "nothing to quantize" in result.gates[0].message
+    assert not list(context.output.glob("*.onnx"))
+
+
+def test_no_scheme_is_no_gate_and_no_candidate(tmp_path: Path) -> None:
+    context = context_for(tmp_path, "image-classification")
+    result = Quantize().run(context, QuantizeConfig(schemes=()))
+    assert result.gates == () and result.measurements["candidates"] == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_gate_fails_where_the_graph_is_not_the_reference(tmp_path: Path, task: Task) -> None:
+    """Labels swapped in the ONNX file: judged against PyTorch, not against the file that was quantized."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    model = onnx.load(made(task)["export"].file("onnx-fp32.onnx"))
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(("task_head.weight", "task_head.bias")):
+            rolled = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
+            tensor.CopyFrom(numpy_helper.from_array(rolled, tensor.name))
+    onnx.save(model, folder / "onnx-fp32.onnx")
+    context = context_for(tmp_path, task, {**made(task), "export": artifact_of("export", folder)})
+    result = Quantize().run(context, QuantizeConfig(min_agreement=0.9, max_metric_drop=1.0))
+    assert [gate.verdict for gate in result.gates] == ["fail"]
+    assert not list(context.output.glob("*.onnx"))
+    assert all(not one["accepted"] and one["reason"] for one in result.measurements["candidates"])
+
+
+def test_an_empty_calibration_split_is_an_error(tmp_path: Path) -> None:
+    context = context_for(tmp_path, "image-classification")
+    splits = {**context.data.splits, "calibration": ()}
+    context = replace(context, data=replace(context.data, splits=splits))
+    with pytest.raises(QuantizeError, match="calibration split is empty"):
+        Quantize().run(context, QuantizeConfig(schemes=("int8-static",)))
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    content = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        context = context_for(tmp_path / name, "image-classification")
+        Quantize().run(context, QuantizeConfig(schemes=("int8-static",), **LOOSE))
+        content.append((context.output / "onnx-int8-static.onnx").read_bytes())
+    assert content[0] == content[1]
+
+
+# A network of three convolutions whose second has an input channel a thousand times larger than the others.
+
+
+def fragile_network() -> onnx.ModelProto:
+    """x: float32 (batch, 3, 4, 4) → 1×1 convolutions `plain`, `fragile`, `last` → mean → logits (batch, 4)."""
+    random = np.random.default_rng(0)
+    first, second, third = (random.normal(size=(4, size, 1, 1)).astype(np.float32) for size in (3, 4, 4))
+    first[0] *= 1000
+    second[:, 0] /= 1000
+    initializers = [numpy_helper.from_array(one, f"w{index}") for index, one in enumerate((first, second, third))]
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["a"], "plain"),
+        helper.make_node("Conv", ["a", "w1"], ["b"], "fragile"),
+        helper.make_node("Relu", ["b"], ["c"], "relu"),
+        helper.make_node("Conv", ["c", "w2"], ["d"], "last"),
+        helper.make_node("GlobalAveragePool", ["d"], ["e"], "mean"),
+        helper.make_node("Flatten", ["e"], ["logits"], "flatten"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 4, 4])
+    y = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])
+    graph = helper.make_graph(nodes, "fragile", [x], [y], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+class Arrays:
+    """Preprocessing of what is an array already."""
+
+    kind = "image"
+
+    def arrays(self, contents: list[np.ndarray]) -> dict[str, np.ndarray]:
+        return {"x": np.stack(contents)}
+
+
+def bench_of(tmp_path: Path, config: QuantizeConfig) -> Workbench:
+    """A bench with the fragile network; the reference is the network itself in ONNX Runtime."""
+    random = np.random.default_rng(1)
+    contents = random.normal(size=(128, 3, 4, 4)).astype(np.float32)
+    examples = tuple(Example(one, 0, str(index), "") for index, one in enumerate(contents))
+    splits = {"train": (), "validation": examples[:96], "calibration": examples[96:], "test": ()}
+    context = context_of(tmp_path / "out", {}, examples=())
+    context = replace(context, data=DataSplits(tuple("abcd"), splits, {}))  # type: ignore[arg-type]
+    model = fragile_network()
+    checkpoint: Any = SimpleNamespace(processing=Arrays())
+    onnx.save(model, tmp_path / "fp32.onnx")
+    with OnnxRuntimeSession(tmp_path / "fp32.onnx") as session:
+        logits = session.infer({"x": contents[:96]})["logits"]
+    macs = count_macs(model, checkpoint, context, tmp_path)
+    return Workbench(context, config, checkpoint, model, macs, tmp_path, logits, logits.argmax(1))
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+def test_the_node_that_int8_breaks_ranks_first(tmp_path: Path, layout: Any) -> None:
+    bench = bench_of(tmp_path, QuantizeConfig(layout=layout))
+    nodes = [node.name for node in quantizable_nodes(bench.model, layout)]
+    assert rank_nodes(bench, nodes, calibrate(bench), Form(layout))[0] == "fragile"
+
+
+def test_the_ladder_keeps_that_node_in_float_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.quantize.stage.FLOAT_NODES", (0, 1))
+    bench = bench_of(tmp_path, QuantizeConfig(min_agreement=0.9, max_metric_drop=0.1))
+    candidate = quantize_statically(bench)
+    assert candidate.accepted, candidate.reason
+    assert candidate.measurements["float_nodes"] == ["fragile"]
+    plain, mended = candidate.measurements["ladder"]
+    assert plain["agreement"] < 0.9 <= mended["agreement"]
+    assert candidate.measurements["share_int8_macs"] == pytest.approx(28 / 44)  # 3·4 + 4·4 of 3·4 + 4·4 + 4·4
+    written = onnx.load(bench.context.output / candidate.file)
+    inputs = {node.name: list(node.input) for node in written.graph.node}
+    assert inputs["fragile"] == ["a", "w1"]  # the original weights, and the activation before any pair
+    assert inputs["plain"] == ["x/dequantized", "w0/dequantized"]
+
+
+def test_without_the_ladder_the_candidate_is_left_out(tmp_path: Path) -> None:
+    candidate = quantize_statically(bench_of(tmp_path, QuantizeConfig(keep_float="none")))
+    assert not candidate.accepted and "the budget is" in candidate.reason
+    assert len(candidate.measurements["ladder"]) == 1
+    assert not (tmp_path / "out" / candidate.file).exists()
+
+
+def test_too_small_a_share_is_not_worth_shipping(tmp_path: Path) -> None:
+    config = QuantizeConfig(min_agreement=0, max_metric_drop=1, min_int8_share=1.0)
+    bench = bench_of(tmp_path, config)
+    assert quantize_statically(bench).accepted
+    bench = replace(bench, macs={"plain": 1, "fragile": 1, "last": 1, "elsewhere": 0})
+    nothing = replace(bench, macs={})
+    assert "only 0.0% of the arithmetic" in quantize_statically(nothing).reason
+
+
+def test_the_ladder_has_more_rungs_for_larger_graphs() -> None:
+    config = QuantizeConfig()
+    assert float_counts(config, 1) == [0]
+    assert float_counts(config, 9) == [0, 1, 2, 4]
+    assert float_counts(QuantizeConfig(keep_float="none"), 60) == [0]
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_graph_is_close_to_the_original(tmp_path: Path, task: Task, layout: Any) -> None:
+    """Every compute node in INT8, on a real export: the error is that of eight bits, not of a wrong axis."""
+    from stages.inputs import batches
+    from stages.quantize.stage import prepare_graph
+
+    context = context_for(tmp_path, task)
+    from models.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(made(task)["merge-lora"].folder / "checkpoint")
+    model = prepare_graph(made(task)["export"].file("onnx-fp32.onnx"), tmp_path)
+    bench = Workbench(context, QuantizeConfig(layout=layout), checkpoint, model, {}, tmp_path, np.zeros(0), np.zeros(0))
+    inputs = [arrays for arrays, _ in batches(checkpoint.processing, context.data["validation"], 16)]
+    quantized = quantize_graph(model, calibrate(bench), Form(layout))
+    onnx.checker.check_model(quantized, full_check=True)
+
+    def logits_of(graph: onnx.ModelProto) -> np.ndarray:
+        return np.concatenate([outputs["logits"] for outputs in bench.run(graph, inputs)])
+
+    wanted, found = logits_of(model), logits_of(quantized)
+    noise = np.square(found - wanted).mean() / np.square(wanted - wanted.mean(0)).mean()
+    assert 0 < noise < 0.2
+    zero_points = {
+        tuple(np.unique(numpy_helper.to_array(tensor)))
+        for tensor in quantized.graph.initializer
+        if tensor.name.endswith("/zero")
+    }
+    dtypes = {tensor.data_type for tensor in quantized.graph.initializer if tensor.name.endswith("/zero")}
+    if layout == "tensorrt":
+        assert zero_points == {(0,)} and dtypes == {TensorProto.INT8}
+    else:
+        assert dtypes == {TensorProto.INT8, TensorProto.UINT8}
+    left = {node.name for node in compute_nodes(quantized)}
+    assert not left  # no compute node reads a floating-point constant any more
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_matrix_products_are_scaled_along_their_output_channels(transposed: int) -> None:
+    weight = np.array([[1, 100], [2, 50], [-4, 25]], np.float32)  # (in, out): columns of very different size
+    stored = weight.T.copy() if transposed else weight
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], "gemm", transB=transposed)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])
+    graph = helper.make_graph([node], "one", [x], [y], [numpy_helper.from_array(stored, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    result = quantize_graph(model, {"x": (-1.0, 1.0)}, Form("tensorrt"))
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in result.graph.initializer}
+    np.testing.assert_allclose(tensors["w/scale"], [4 / 127, 100 / 127], rtol=1e-6)
+    assert "w" not in tensors
+    narrow = quantize_graph(model, {"x": (-1.0, 1.0)}, Form("onnxruntime", reduce_range=True))
+    integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in narrow.graph.initializer}["w/int8"]
+    assert np.abs(integers).max() == 63
+
+
+def test_only_residual_additions_are_quantized() -> None:
+    model = fragile_network()
+    constant = numpy_helper.from_array(np.ones((1, 4, 1, 1), np.float32), "bias")
+    model.graph.initializer.append(constant)
+    model.graph.node.insert(4, helper.make_node("Add", ["d", "b"], ["sum"], "residual"))
+    model.graph.node.insert(5, helper.make_node("Add", ["sum", "bias"], ["shifted"], "shift"))
+    names = [node.name for node in quantizable_nodes(model, "onnxruntime")]
+    assert names == ["plain", "fragile", "last", "residual"]
+    assert [node.name for node in quantizable_nodes(model, "tensorrt")] == ["plain", "fragile", "last"]
+
+
+def test_ranges_are_merged_over_batches_and_must_be_finite() -> None:
+    parts = [{"a/min": np.float32(-1), "a/max": np.float32(2)}, {"a/min": np.float32(-3), "a/max": np.float32(1)}]
+    assert merge_ranges(parts, ["a"]) == {"a": (-3.0, 2.0)}
+    with pytest.raises(QuantizeError, match=r"nan.* in a"):
+        merge_ranges([{"a/min": np.float32("nan"), "a/max": np.float32(1)}], ["a"])
+    with pytest.raises(QuantizeError, match="empty"):
+        merge_ranges([], ["a"])

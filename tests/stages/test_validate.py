@@ -1,0 +1,263 @@
+"""validate as a stage: a good network passes, and every way of breaking one fails a gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from pydantic import ValidationError
+
+from models.errors import IntegrityError
+from stages.artifact import sha256_of_file
+from stages.base import StageResult
+from stages.candidates import write_candidates
+from stages.validate import Validate, ValidateConfig
+from stages.validate.stage import GatesConfig, check, choose
+from tests.stages.chain import (
+    LABELS,
+    SAMPLES,
+    artifact_of,
+    context_of,
+    edit_weight,
+    made,
+    validated,
+    with_candidate,
+)
+
+QUICK = {"latency_calls": 20, "gates": {"max_metric_drop": 0.2, "min_agreement_int8": 0.8}}
+HEAD = "task_head.weight"
+
+
+def run_changed(folder: Path, change: Callable[[onnx.ModelProto], None], precision: str = "int8") -> StageResult:
+    """validate with a changed network as the only candidate of quantize."""
+    inputs = made() | {"quantize": with_candidate(folder / "quantize", change, precision)}
+    return Validate().run(context_of(folder / "validate", inputs), ValidateConfig.model_validate(QUICK))
+
+
+def failed_gates(result: StageResult, subject: str = "onnx-changed") -> set[str]:
+    return {gate.name for gate in result.gates if gate.subject == subject and not gate.passed}
+
+
+def test_every_accepted_candidate_is_measured_and_the_evidence_names_its_bytes() -> None:
+    artifacts = validated()
+    evidence = json.loads(artifacts["validate"].file("evidence.json").read_text(encoding="utf-8"))
+    assert [one["name"] for one in evidence["candidates"]] == ["onnx-fp32", "onnx-fp16", "onnx-int8-dynamic"]
+    assert evidence["samples"] == SAMPLES
+    assert evidence["labels"] == list(LABELS)
+    for one in evidence["candidates"]:
+        path = artifacts[one["stage"]].file(one["file"])
+        assert one["sha256"] == one["files"][one["file"]] == sha256_of_file(path)
+        assert one["size_bytes"] == path.stat().st_size
+        assert one["passed"] and one["latency_ms_p50"] > 0 and one["throughput_per_s"] > 0
+        assert one["speedup"] == pytest.approx(evidence["reference"]["latency_ms_p50"] / one["latency_ms_p50"])
+    assert {gate["subject"] for gate in evidence["gates"]} == {
+        "onnx-fp32",
+        "onnx-fp16",
+        "onnx-int8-dynamic",
+        "validate",
+    }
+
+
+def test_precision_shows_in_the_numbers() -> None:
+    """fp32 has an error but almost none, fp16 more, int8 most: a comparison of a file with itself would not."""
+    evidence = json.loads(validated()["validate"].file("evidence.json").read_text(encoding="utf-8"))
+    fp32, fp16, int8 = (one["relative_error"] for one in evidence["candidates"])
+    assert 0 < fp32 < 1e-4 < fp16 < int8
+
+
+def test_the_confusion_matrix_is_that_of_the_chosen_candidate() -> None:
+    evidence = json.loads(validated()["validate"].file("evidence.json").read_text(encoding="utf-8"))
+    chosen = next(one for one in evidence["candidates"] if one["name"] == evidence["chosen"])
+    confusion = np.array(evidence["confusion"])
+    assert confusion.sum() == SAMPLES
+    assert np.trace(confusion) / SAMPLES == pytest.approx(chosen["accuracy"])
+
+
+def swap_classes(model: onnx.ModelProto) -> None:
+    edit_weight(model, HEAD, lambda weight: np.roll(weight, 1, axis=weight.shape.index(len(LABELS))))
+
+
+def halve(model: onnx.ModelProto) -> None:
+    edit_weight(model, HEAD, lambda weight: weight / 2)
+
+
+def inject_nan(model: onnx.ModelProto) -> None:
+    def change(weight: np.ndarray) -> np.ndarray:
+        weight.flat[0] = np.nan
+        return weight
+
+    edit_weight(model, HEAD, change)
+
+
+def drop_half_of_the_features(model: onnx.ModelProto) -> None:
+    def change(weight: np.ndarray) -> np.ndarray:
+        axis = 1 - weight.shape.index(len(LABELS))
+        np.moveaxis(weight, axis, 0)[: weight.shape[axis] // 2] = 0
+        return weight
+
+    edit_weight(model, HEAD, change)
+
+
+def zero(model: onnx.ModelProto) -> None:
+    edit_weight(model, HEAD, np.zeros_like)
+
+
+def rename_output(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            node.output[index] = "scores" if name == "logits" else name
+    model.graph.output[0].name = "scores"
+
+
+def add_output(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", ["logits"], ["copy"]))
+    model.graph.output.append(helper.make_tensor_value_info("copy", TensorProto.FLOAT, ["batch", len(LABELS)]))
+
+
+def drop_a_class(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            node.output[index] = "all_logits" if name == "logits" else name
+    ends = [
+        helper.make_tensor(name, TensorProto.INT64, [1], [value])
+        for name, value in (("zero", 0), ("two", 2), ("axis", 1))
+    ]
+    model.graph.initializer.extend(ends)
+    model.graph.node.append(helper.make_node("Slice", ["all_logits", "zero", "two", "axis"], ["logits"]))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "gates"),
+    [
+        (swap_classes, {"top-1 agreement", "SQNR"}),
+        (halve, {"SQNR"}),
+        (drop_half_of_the_features, {"SQNR"}),
+        (zero, {"SQNR"}),
+        (inject_nan, {"comparable outputs", "accuracy drop", "top-1 agreement", "SQNR"}),
+        (rename_output, {"comparable outputs", "accuracy drop", "top-1 agreement", "SQNR"}),
+        (add_output, {"comparable outputs", "accuracy drop", "top-1 agreement", "SQNR"}),
+        (drop_a_class, {"comparable outputs", "accuracy drop", "top-1 agreement", "SQNR"}),
+    ],
+)
+def test_a_broken_candidate_fails(tmp_path: Path, change: Callable[[onnx.ModelProto], None], gates: set[str]) -> None:
+    result = run_changed(tmp_path, change)
+    assert gates <= failed_gates(result)
+    assert not failed_gates(result, "onnx-fp32")  # the others are judged on their own
+    assert result.measurements["chosen"] != "onnx-changed"
+    json.dumps(result.measurements, allow_nan=False)
+
+
+def test_a_float_candidate_is_held_to_the_logits_not_only_to_the_classes(tmp_path: Path) -> None:
+    result = run_changed(tmp_path, lambda model: edit_weight(model, HEAD, lambda weight: weight * 1.05), "fp16")
+    assert failed_gates(result) == {"logit error"}
+
+
+def test_nan_in_the_reference_fails_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.runtimes.torch_eager import TorchEager
+
+    def infer(self: TorchEager, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"logits": np.full((len(inputs["image"]), len(LABELS)), np.nan, np.float32)}
+
+    monkeypatch.setattr(TorchEager, "infer", infer)
+    result = Validate().run(context_of(tmp_path, made()), ValidateConfig.model_validate(QUICK))
+    assert "comparable outputs" in failed_gates(result, "onnx-fp32")
+    assert result.measurements["chosen"] is None
+    assert result.measurements["confusion"] == []
+    assert "the reference" in next(gate.message for gate in result.gates if gate.subject == "onnx-fp32")
+
+
+def test_zero_samples_fail_every_gate(tmp_path: Path) -> None:
+    result = Validate().run(context_of(tmp_path, made(), examples=()), ValidateConfig.model_validate(QUICK))
+    assert not any(gate.passed for gate in result.gates)
+    assert result.measurements["chosen"] is None
+    assert result.notes == ("pytorch: no evidence on 0 samples",)
+
+
+def test_no_candidate_is_no_pass(tmp_path: Path) -> None:
+    inputs = dict(made())
+    for stage in ("export", "quantize"):
+        (tmp_path / stage).mkdir()
+        write_candidates(tmp_path / stage, [])
+        inputs[stage] = artifact_of(stage, tmp_path / stage)
+    result = Validate().run(context_of(tmp_path / "validate", inputs), ValidateConfig.model_validate(QUICK))
+    assert [(gate.name, gate.passed) for gate in result.gates] == [("a candidate can ship", False)]
+
+
+def test_bytes_that_their_stage_did_not_write_are_not_measured(tmp_path: Path) -> None:
+    artifact = with_candidate(tmp_path / "quantize", lambda model: None)
+    path = artifact.file("onnx-changed.onnx")
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(IntegrityError, match=r"onnx-changed\.onnx has changed since quantize wrote it"):
+        Validate().run(context_of(tmp_path / "validate", made() | {"quantize": artifact}), ValidateConfig())
+
+
+def entry(name: str = "x", **numbers: object) -> dict[str, object]:
+    """A candidate's evidence, good in everything."""
+    good = {
+        "name": name, "precision": "int8", "problem": "", "accuracy": 0.9, "accuracy_difference": -0.005,
+        "accuracy_difference_bound": -0.02, "smallest_visible_drop": 0.03, "agreement": 0.98, "sqnr_db": 30.0,
+        "relative_error": 1e-5, "latency_ms_p50": 1.0, "latency_ms_p95": 2.0, "size_bytes": 100, "passed": True,
+    }  # fmt: skip
+    return good | numbers
+
+
+@pytest.mark.parametrize(
+    ("gates", "numbers", "failed"),
+    [
+        ({}, {}, set()),
+        ({}, {"accuracy_difference": -0.011}, {"accuracy drop"}),
+        ({}, {"accuracy_difference": 0.2}, set()),
+        ({"metric_drop": "proven"}, {}, {"accuracy drop"}),
+        ({"metric_drop": "proven", "max_metric_drop": 0.03}, {}, set()),
+        ({}, {"agreement": 0.93}, {"top-1 agreement"}),
+        ({}, {"precision": "fp16"}, {"top-1 agreement"}),
+        ({}, {"precision": "fp32", "agreement": 1.0, "relative_error": 2e-3}, {"logit error"}),
+        ({}, {"precision": "fp16", "agreement": 1.0, "relative_error": 2e-3}, set()),
+        ({}, {"precision": "fp16", "agreement": 1.0, "relative_error": float("nan")}, {"logit error"}),
+        ({}, {"sqnr_db": None}, {"SQNR"}),
+        ({"max_latency_ms": 1.5}, {}, {"p95 latency"}),
+        ({"max_latency_ms": 2.5}, {}, set()),
+        ({"max_latency_ms": 2.5}, {"latency_ms_p95": None}, {"p95 latency"}),
+        ({"max_size_bytes": 99}, {}, {"size"}),
+    ],
+)
+def test_each_gate_fails_on_its_own_number(gates: dict, numbers: dict, failed: set[str]) -> None:
+    results = check(entry(**numbers), GatesConfig(**gates), 1000)
+    assert {result.name for result in results if not result.passed} == failed
+
+
+def test_the_gate_says_what_the_samples_can_see() -> None:
+    (drop,) = [one for one in check(entry(), GatesConfig(), 1000) if one.name == "accuracy drop"]
+    assert "1000 samples can see drops of 0.0300 or more" in drop.message
+
+
+def test_the_objective_chooses_among_those_that_passed() -> None:
+    entries = [
+        entry("small", size_bytes=10, latency_ms_p50=3.0, accuracy=0.90),
+        entry("fast", size_bytes=50, latency_ms_p50=1.0, accuracy=0.89),
+        entry("accurate", size_bytes=90, latency_ms_p50=2.0, accuracy=0.91),
+        entry("broken", size_bytes=1, latency_ms_p50=0.1, accuracy=0.99, passed=False),
+    ]
+    assert [choose(entries, objective) for objective in ("size", "latency", "accuracy")] == [
+        "small",
+        "fast",
+        "accurate",
+    ]
+    assert choose(entries[3:], "size") is None
+
+
+def test_of_equally_accurate_ones_the_faster_is_chosen() -> None:
+    assert choose([entry("slow", latency_ms_p50=2.0), entry("fast")], "accuracy") == "fast"
+
+
+def test_an_unknown_gate_and_a_nonsense_threshold_are_refused() -> None:
+    with pytest.raises(ValidationError, match="max_metrik_drop"):
+        ValidateConfig.model_validate({"gates": {"max_metrik_drop": 0.1}})
+    with pytest.raises(ValidationError, match="min_agreement"):
+        ValidateConfig.model_validate({"gates": {"min_agreement": 1.5}})
