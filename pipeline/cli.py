@@ -1,0 +1,319 @@
+"""The command line. Imports the standard library and typer only: `pipeline --help` must be quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from models.errors import ConfigError, PipelineError, Problem
+from stages import STAGES
+
+if TYPE_CHECKING:
+    from pipeline.runner import Runner
+
+EXIT_GATE_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="pipeline",
+    help="From a pretrained backbone to a proven bundle: "
+    "finetune → merge-lora → export → quantize → validate → package.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+STAGE_HELP = {
+    "finetune": "Adapt the backbone to the data: an adapter or a checkpoint.",
+    "merge-lora": "Fold the adapter into the base weights and prove that nothing changed.",
+    "export": "Write the network as ONNX and prove parity at other shapes.",
+    "quantize": "Make INT8 candidates that stay inside their accuracy budget.",
+    "validate": "Measure every candidate against PyTorch on the test split and check the gates.",
+    "package": "Pack the candidate that passed into a bundle.",
+}
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The configuration file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one value: dotted.key=value. May be repeated.")
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/<name of the config file>.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Run also what is fresh.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would run and why; run nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Also what the libraries say.")]
+
+
+def add_stage_command(name: str) -> None:
+    """One command a stage; each is `all --from NAME --until NAME`."""
+
+    def command(
+        config: ConfigOption = Path("pipeline.yaml"),
+        set_: SetOption = None,
+        run_dir: RunDirOption = None,
+        force: ForceOption = False,
+        dry_run: DryRunOption = False,
+        json_: JsonOption = False,
+        quiet: QuietOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        run_stages([name], config, set_ or [], run_dir, force, dry_run, json_, quiet, verbose)
+
+    app.command(name, help=STAGE_HELP[name])(command)
+
+
+for stage_name in STAGES:
+    add_stage_command(stage_name)
+
+
+@app.command("all", help="Run the whole chain; skip what is fresh.")
+def run_all(
+    config: ConfigOption = Path("pipeline.yaml"),
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    from_: Annotated[str, typer.Option("--from", help="First stage.")] = "finetune",
+    until: Annotated[str, typer.Option("--until", help="Last stage.")] = "package",
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the stages from `--from` until `--until`."""
+    names = list(STAGES)
+    problems = [
+        Problem(option, f"{value!r} is no stage", f"stages: {', '.join(names)}")
+        for option, value in (("--from", from_), ("--until", until))
+        if value not in names
+    ]
+    if problems:
+        raise ConfigError(problems)
+    selected = names[names.index(from_) : names.index(until) + 1]
+    if not selected:
+        raise ConfigError(f"--from {from_} comes after --until {until}; the order is {', '.join(names)}")
+    run_stages(selected, config, set_ or [], run_dir, force, dry_run, json_, quiet, verbose)
+
+
+def run_stages(
+    names: list[str],
+    config: Path,
+    settings: list[str],
+    run_dir: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Load the configuration, then plan or run `names`."""
+    from pipeline.config import load_config
+    from pipeline.runner import Runner
+    from pipeline.terminal import configure_logging, make_progress
+
+    loaded, backbone = load_config(config, settings)
+    runner = Runner(
+        config=loaded,
+        backbone=backbone,
+        run_dir=run_dir or Path("runs") / config.stem,
+        log=configure_logging(quiet, verbose),
+        progress=make_progress(quiet),
+        force=force,
+    )
+    if dry_run:
+        print_plan(runner, names, as_json)
+        return
+    status = None
+    try:
+        status = runner.run(names)
+    finally:
+        print_result(runner, status, as_json, quiet)
+    if status == "gate-failed":
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+def print_plan(runner: Runner, names: list[str], as_json: bool) -> None:
+    """What would run, what is fresh, and why."""
+    plan = runner.plan(names)
+    if as_json:
+        typer.echo(json.dumps([vars(decision) for decision in plan], indent=2))
+        return
+    for decision in plan:
+        typer.echo(f"{decision.stage:<12}{'fresh' if decision.fresh else 'runs':<7}{decision.reason}")
+
+
+def print_result(runner: Runner, status: str | None, as_json: bool, quiet: bool) -> None:
+    """The record of the run as JSON, or a short table and where things are."""
+    record = runner.run_record(status or "failed")  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+    elif not quiet and status is not None:
+        from pipeline.terminal import print_summary
+
+        print_summary(record, runner.run_dir)
+
+
+@app.command()
+def init(
+    task: Annotated[str | None, typer.Option(help="What the network does, e.g. image-classification.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="timm:<name>, hf:<org>/<repo> or a folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="demo:<name>, a folder, a file or hf:<dataset>.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("pipeline.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Write a commented pipeline.yaml; asks for what is missing on a terminal."""
+    from pipeline.init import write_config
+
+    answers = {"task": task, "backbone": backbone, "data": data}
+    missing = [name for name, value in answers.items() if value is None]
+    if missing and not sys.stdin.isatty():
+        raise ConfigError([Problem(f"--{name}", "is missing", "give it, or run on a terminal") for name in missing])
+    for name in missing:
+        answers[name] = typer.prompt({"task": "Task", "backbone": "Backbone", "data": "Data source"}[name])
+    write_config(output, str(answers["task"]), str(answers["backbone"]), str(answers["data"]), force)
+    typer.echo(f"wrote {output}; next: pipeline all -c {output}")
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder or tar.")],
+    inputs: Annotated[list[str], typer.Argument(help="Image files; for text bundles, texts or - for standard input.")],
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    json_: JsonOption = False,
+) -> None:
+    """Predict with a bundle. Needs no torch."""
+    from models.bundle import open_bundle
+
+    with open_bundle(bundle) as opened:
+        contents: list[Any]
+        if opened.modality == "image":
+            contents = [Path(item) for item in inputs]
+        else:
+            contents = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
+        predictions = opened.predict(contents, threads=threads)
+        if json_:
+            rows = [
+                {"input": item, "label": one.label, "score": one.score, "probabilities": one.probabilities}
+                for item, one in zip(map(str, contents), predictions, strict=True)
+            ]
+            typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+            return
+        for item, one in zip(contents, predictions, strict=True):
+            typer.echo(f"{one.label}\t{one.score:.4f}\t{item}")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder or tar.")],
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    json_: JsonOption = False,
+) -> None:
+    """Check a bundle on this device: digests and golden-sample parity."""
+    from models.bundle import open_bundle
+
+    with open_bundle(bundle) as opened:
+        report = opened.verify(threads=threads)
+    if json_:
+        rows = [{"name": check.name, "ok": check.ok, "message": check.message} for check in report.checks]
+        typer.echo(json.dumps({"ok": report.ok, "checks": rows}, indent=2))
+    else:
+        for check in report.checks:
+            typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.message}")
+    if not report.ok:
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A run, a stage's folder, or a bundle.")],
+    json_: JsonOption = False,
+) -> None:
+    """Lineage, numbers and gates of a run, an artifact or a bundle."""
+    from pipeline.show import describe, print_description
+
+    description = describe(path)
+    if json_:
+        typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
+    else:
+        print_description(description)
+
+
+@app.command()
+def doctor(json_: JsonOption = False) -> None:
+    """What works on this machine, and the line that mends what does not."""
+    from pipeline.doctor import examine
+
+    findings = examine()
+    if json_:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.state:<8}{finding.name:<26}{finding.message}")
+            if finding.mend:
+                typer.echo(f"{'':<34}mend: {finding.mend}")
+    if any(finding.state == "broken" for finding in findings):
+        from models.errors import MissingCapabilityError
+
+        raise typer.Exit(MissingCapabilityError.exit_code)
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of pipeline.yaml, for editors."""
+    from pipeline.config import PipelineConfig
+
+    typer.echo(json.dumps(PipelineConfig.model_json_schema(), indent=2))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code of the contract."""
+    try:
+        result: Any = app(args=arguments, standalone_mode=False)
+    except ConfigError as error:
+        typer.echo(f"error: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was run", err=True)
+        for problem in error.problems:
+            typer.echo(f"  {problem}", err=True)
+        return error.exit_code
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        from models.errors import MissingCapabilityError
+
+        typer.echo(f"error: the package {error.name!r} is not installed; `pipeline doctor` has the line", err=True)
+        return MissingCapabilityError.exit_code
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command resumes", err=True)
+        return EXIT_INTERRUPTED
+    except typer_usage_errors() as error:
+        error.show()
+        return ConfigError.exit_code
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    except Exception:  # the outermost frame: Python's own exit code, 1, would read as "a gate failed"
+        traceback.print_exc()
+        typer.echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)
+        return PipelineError.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def typer_usage_errors() -> type[Any]:
+    """The base of what a wrong option or argument raises: click's, or the copy that newer typer carries."""
+    return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main() -> None:
+    """Entry point of the console script; SIGTERM ends a run like an interrupt."""
+    import signal
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.exit(run())

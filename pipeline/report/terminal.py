@@ -1,0 +1,117 @@
+"""The summary at the end of a run, on a terminal or in a CI log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report.facts import Facts, number, records
+from pipeline.report.formats import (
+    MISSING,
+    format_bytes,
+    format_duration,
+    format_ms,
+    format_percent,
+    format_points,
+    format_ratio,
+)
+from pipeline.report.markup import terminal_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+STYLES = {"pass": "green", "fail": "red", "partial": "yellow"}
+STATUS_STYLES = {"ran": "green", "fresh": "dim", "failed": "red", "gate-failed": "red", "interrupted": "yellow"}
+MAX_FAILED_GATES = 10
+
+
+def print_summary(run: dict[str, Any], console: Console) -> None:
+    """Print stages, candidates, failed gates and the verdict of a run (`run.json`)."""
+    from rich.text import Text
+
+    facts = Facts(run)
+    console.print(stage_table(facts))
+    if facts.candidates:
+        console.print()
+        console.print(candidate_table(facts))
+    console.print()
+    for gate in facts.failed_gates[:MAX_FAILED_GATES]:
+        line = f"gate failed: {gate.stage} {gate.name} [{gate.subject}]: {gate.message}"
+        console.print(Text(terminal_text(line, 400), style="red"), soft_wrap=True)
+    if len(facts.failed_gates) > MAX_FAILED_GATES:
+        console.print(Text(f"and {len(facts.failed_gates) - MAX_FAILED_GATES} more failed gates"), soft_wrap=True)
+    console.print(Text(terminal_text(facts.headline), style=f"bold {STYLES[facts.verdict]}"), soft_wrap=True)
+    if facts.explanation and not facts.failed_gates:
+        console.print(Text(terminal_text(facts.explanation, 600)), soft_wrap=True)
+
+
+def stage_table(facts: Facts) -> Table:
+    """Status, time, memory and gates of every stage."""
+    rows = []
+    for stage in facts.stages:
+        gates = records(stage.get("gates"))
+        passed = sum(gate.get("verdict") == "pass" for gate in gates)
+        status = str(stage.get("status"))
+        rows.append(
+            (
+                [
+                    str(stage.get("name")),
+                    status,
+                    format_duration(number(stage.get("duration_s"))),
+                    format_bytes(number(stage.get("peak_memory_bytes"))),
+                    f"{passed}/{len(gates)}" if gates else MISSING,
+                ],
+                STATUS_STYLES.get(status, "dim"),
+            )
+        )
+    return plain_table(("stage", "status", "time", "peak memory", "gates"), rows, numeric=(2, 3, 4))
+
+
+def candidate_table(facts: Facts) -> Table:
+    """The candidates against the reference."""
+    reference = facts.reference
+    values = {key: number(reference.get(key)) for key in ("accuracy", "latency_ms_p50", "size_bytes")}
+    rows = [
+        (
+            [
+                "PyTorch",
+                format_percent(values["accuracy"]),
+                MISSING,
+                format_ms(values["latency_ms_p50"]),
+                "1×",
+                format_bytes(values["size_bytes"]),
+                "",
+            ],
+            "dim",
+        )
+    ]
+    for item in facts.candidates:
+        verdict = ("pass" if item.passed else "fail") + (", chosen" if item.chosen else "")
+        cells = [
+            item.name,
+            format_percent(item.accuracy),
+            format_points(item.difference),
+            format_ms(item.p50_ms),
+            format_ratio(item.speedup),
+            format_bytes(item.size_bytes),
+            verdict,
+        ]
+        rows.append((cells, "bold" if item.chosen else "red" if not item.passed else ""))
+    return plain_table(
+        ("candidate", "accuracy", "difference", "p50", "speed", "size", "gates"), rows, numeric=range(1, 6)
+    )
+
+
+def plain_table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], numeric: Sequence[int]) -> Table:
+    """A table without borders; cells are text, never rich markup."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index in numeric else "left", overflow="fold")
+    for cells, style in rows:
+        table.add_row(*(Text(terminal_text(cell, 60)) for cell in cells), style=style)
+    return table

@@ -1,0 +1,447 @@
+"""Plan, skip what is fresh, run, gate, commit.
+
+A stage is fresh when the digest over everything that can change its result (name, configuration,
+input digests, data, library versions, the code itself) equals the key in its manifest, and its files
+still have the digests that the manifest lists. Never because a file exists.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from models.errors import ConfigError, PipelineError, Problem, StageError
+from models.spec import BackboneSpec
+from pipeline.config import PipelineConfig
+from pipeline.machine import (
+    REPORTED_PACKAGES,
+    describe_hardware,
+    peak_memory_bytes,
+    reset_peak_memory,
+    resolve_device,
+    versions_of,
+)
+from stages import STAGES, load_stage
+from stages.artifact import (
+    SCHEMA_VERSION,
+    Artifact,
+    commit_folder,
+    digest_of,
+    read_artifact,
+    sha256_of_file,
+    verify_files,
+    write_json,
+)
+from stages.base import Progress, Stage, StageContext, StageResult
+from stages.data.load import load_data
+from stages.data.splits import DataSplits
+
+RunStatus = Literal["passed", "failed", "gate-failed", "interrupted"]
+StageStatus = Literal["ran", "fresh", "failed", "gate-failed", "interrupted", "not-run"]
+
+SCRATCH = ".scratch"
+LOCK = ".lock"
+CODE_FOLDERS = ("stages", "models")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a stage runs, and why."""
+
+    stage: str
+    fresh: bool
+    reason: str
+
+
+@dataclass
+class StageEntry:
+    """What happened to one stage in this run: an entry of `run.json`."""
+
+    name: str
+    status: StageStatus = "not-run"
+    reason: str = ""
+    error: str | None = None
+    artifact: Artifact | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; numbers and gates come from the manifest."""
+        manifest = self.artifact.manifest if self.artifact else {}
+        return {
+            "name": self.name,
+            "status": self.status,
+            "reason": self.reason,
+            "error": self.error,
+            "digest": self.artifact.digest if self.artifact else None,
+            **{key: manifest.get(key) for key in ("duration_s", "peak_memory_bytes")},
+            "inputs": manifest.get("inputs", {}),
+            "gates": manifest.get("gates", []),
+            "measurements": manifest.get("measurements", {}),
+            "notes": manifest.get("notes", []),
+        }
+
+
+@dataclass
+class Runner:
+    """One configuration in one run folder."""
+
+    config: PipelineConfig
+    backbone: BackboneSpec
+    run_dir: Path
+    log: logging.Logger
+    progress: Progress
+    force: bool = False
+    entries: dict[str, StageEntry] = field(default_factory=lambda: {name: StageEntry(name) for name in STAGES})
+
+    @cached_property
+    def data(self) -> DataSplits:
+        """The data splits, read once."""
+        return load_data(self.config.data, self.config.task)
+
+    @cached_property
+    def code_digest(self) -> str:
+        """Digest of the code that makes artifacts: another version of it makes other artifacts."""
+        root = Path(__file__).resolve().parent.parent
+        files = sorted(path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py"))
+        return digest_of({path.relative_to(root).as_posix(): sha256_of_file(path) for path in files})
+
+    @cached_property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return resolve_device(self.config.device)
+
+    # --- planning -------------------------------------------------------------------------------
+
+    def key_parts(self, stage: Stage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        """Everything that can change the stage's result, by name."""
+        parts: dict[str, Any] = {
+            "stage": stage.name,
+            "config": self.config.section(stage.name).model_dump(mode="json"),
+            "seed": self.config.seed,
+            "task": self.config.task,
+            "device": self.device,
+            "data": {name: self.data.fingerprints[name] for name in stage.splits},
+            "packages": versions_of(stage.packages),
+            "inputs": {name: artifact.digest for name, artifact in inputs.items()},
+            "code": self.code_digest,
+        }
+        if not stage.consumes:
+            parts["backbone"] = {"id": self.backbone.id, "weights": self.backbone.weights_digest}
+        return parts
+
+    def decide(self, stage: Stage, inputs: Mapping[str, Artifact]) -> Decision:
+        """Compare what is on disk with what would be made now."""
+        artifact = read_artifact(stage.name, self.run_dir / stage.name)
+        if artifact is None:
+            return Decision(stage.name, False, "there is no result yet")
+        parts = self.key_parts(stage, inputs)
+        if artifact.manifest["key"] != digest_of(parts):
+            return Decision(stage.name, False, describe_change(artifact.manifest["key_parts"], parts))
+        if changed := verify_files(artifact):
+            return Decision(stage.name, False, f"its files were touched: {changed}")
+        if self.force:
+            return Decision(stage.name, False, "--force")
+        return Decision(stage.name, True, "configuration, inputs, data, versions and files are unchanged")
+
+    def plan(self, names: Sequence[str]) -> list[Decision]:
+        """What would run, without running it. A stage behind one that runs is said to follow it."""
+        decisions: list[Decision] = []
+        stale: set[str] = set()
+        for name in names:
+            stage = load_stage(name)
+            behind = [upstream for upstream in stage.consumes if upstream in stale]
+            if behind:
+                decisions.append(Decision(name, False, f"its input {behind[0]} runs"))
+            else:
+                inputs = self.inputs_on_disk(stage)
+                missing = [upstream for upstream in stage.consumes if upstream not in inputs]
+                if missing:
+                    decisions.append(Decision(name, False, f"its input {missing[0]} is missing"))
+                else:
+                    decisions.append(self.decide(stage, inputs))
+            if not decisions[-1].fresh:
+                stale.add(name)
+        return decisions
+
+    def inputs_on_disk(self, stage: Stage) -> dict[str, Artifact]:
+        """The committed artifacts among those that the stage consumes."""
+        found = {name: read_artifact(name, self.run_dir / name) for name in stage.consumes}
+        return {name: artifact for name, artifact in found.items() if artifact}
+
+    # --- running --------------------------------------------------------------------------------
+
+    def run(self, names: Sequence[str]) -> RunStatus:
+        """Run the stages of `names` in order; stops at the first that fails or whose gate fails.
+
+        `run.json` and the reports are written whatever happens.
+
+        Raises:
+            ConfigError: a stage before the first of `names` has no usable result, or another run
+                holds the folder.
+            PipelineError: a stage failed; the artifacts of the stages before it stay.
+        """
+        with lock_folder(self.run_dir):
+            status: RunStatus = "failed"
+            try:
+                self.check_upstream(names)
+                status = self.run_stages(names)
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                if any(entry.status not in ("not-run", "fresh") for entry in self.entries.values()) or not (
+                    (self.run_dir / "run.json").exists() and (self.run_dir / "report.html").exists()
+                ):
+                    self.write_run(status)
+            return status
+
+    def run_stages(self, names: Sequence[str]) -> RunStatus:
+        """Run or skip each stage in order."""
+        for name in names:
+            entry = self.entries[name]
+            stage = load_stage(name)
+            inputs = self.inputs_on_disk(stage)
+            decision = self.decide(stage, inputs)
+            entry.reason = decision.reason
+            if decision.fresh:
+                entry.artifact = read_artifact(name, self.run_dir / name)
+                entry.status = "fresh"
+                self.log.info("%-10s fresh: %s", name, decision.reason)
+            else:
+                self.log.info("%-10s runs: %s", name, decision.reason)
+                self.run_stage(stage, inputs, entry)
+            assert entry.artifact is not None
+            failed = [gate for gate in entry.artifact.manifest["gates"] if gate["verdict"] != "pass"]
+            for gate in failed:
+                self.log.error("%-10s gate %s failed for %s: %s", name, gate["name"], gate["subject"], gate["message"])
+            if failed:
+                entry.status = "gate-failed"
+                return "gate-failed"
+        return "passed"
+
+    def run_stage(self, stage: Stage, inputs: Mapping[str, Artifact], entry: StageEntry) -> None:
+        """Run one stage in a scratch folder and commit the folder by one rename."""
+        parts = self.key_parts(stage, inputs)
+        key = digest_of(parts)
+        scratch = self.run_dir / SCRATCH
+        output, resume = scratch / stage.name, scratch / f"{stage.name}-{key[:16]}"
+        for stale in scratch.glob(f"{stage.name}*"):
+            if stale != resume:
+                shutil.rmtree(stale)
+        output.mkdir(parents=True)
+        resume.mkdir(parents=True, exist_ok=True)
+        context = StageContext(
+            output=output,
+            resume=resume,
+            inputs=inputs,
+            task=self.config.task,
+            backbone=self.config.backbone,
+            data=self.data,
+            seed=self.config.seed,
+            device=self.device,
+            threads=self.config.threads,
+            log=self.log,
+            progress=self.progress,
+        )
+        started_at, started = now(), time.monotonic()
+        reset_peak_memory()
+        entry.status = "failed"
+        try:
+            with translated_system_errors(stage.name, self.run_dir):
+                result = stage.run(context, self.config.section(stage.name))
+                manifest = self.manifest(stage, parts, key, result, output)
+                manifest |= {
+                    "started_at": started_at,
+                    "duration_s": round(time.monotonic() - started, 3),
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+                commit_folder(output, self.run_dir / stage.name, manifest)
+                shutil.rmtree(resume, ignore_errors=True)
+        except KeyboardInterrupt:
+            entry.status = "interrupted"
+            raise
+        except PipelineError as error:
+            entry.error = str(error)
+            raise
+        entry.artifact = read_artifact(stage.name, self.run_dir / stage.name)
+        entry.status = "ran"
+        for note in result.notes:
+            self.log.info("%-10s %s", "", note)
+        self.log.info("%-10s done in %.1f s", stage.name, manifest["duration_s"])
+
+    def manifest(
+        self, stage: Stage, parts: dict[str, Any], key: str, result: StageResult, output: Path
+    ) -> dict[str, Any]:
+        """The manifest of a stage that has run; digests are taken from the files as written."""
+        from stages.artifact import digest_files
+
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "stage": stage.name,
+            "key": key,
+            "key_parts": parts,
+            "config": parts["config"],
+            "inputs": parts["inputs"],
+            "files": digest_files(output),
+            "io": io_of(output),
+            "backbone": {
+                "id": self.backbone.id,
+                "revision": self.backbone.revision,
+                "weights": self.backbone.weights,
+                "weights_digest": self.backbone.weights_digest,
+            },
+            "data_fingerprints": dict(self.data.fingerprints),
+            "versions": versions_of(REPORTED_PACKAGES),
+            "hardware": describe_hardware(),
+            "seed": self.config.seed,
+            "gates": [gate.to_dict() for gate in result.gates],
+            "measurements": result.measurements,
+            "notes": list(result.notes),
+        }
+
+    def check_upstream(self, names: Sequence[str]) -> None:
+        """Stages before the first of `names` must be fresh and their gates passed.
+
+        Raises:
+            ConfigError: one is missing or stale, or a gate of it failed.
+        """
+        order = list(STAGES)
+        for name in order[: order.index(names[0])]:
+            stage = load_stage(name)
+            artifact = read_artifact(name, self.run_dir / name)
+            problem = ""
+            if artifact is None:
+                problem = "has no result"
+            elif self.key_parts(stage, self.inputs_on_disk(stage)) != artifact.manifest["key_parts"]:
+                problem = "is stale: " + describe_change(
+                    artifact.manifest["key_parts"], self.key_parts(stage, self.inputs_on_disk(stage))
+                )
+            elif changed := verify_files(artifact):
+                problem = f"is damaged: {changed}"
+            elif any(gate["verdict"] != "pass" for gate in artifact.manifest["gates"]):
+                problem = "has a failed gate"
+            if problem:
+                hint = f"run `pipeline all --until {names[0]}` with the same --config and --run-dir"
+                raise ConfigError([Problem(f"{self.run_dir}/{name}", f"{problem}, and {names[0]} builds on it", hint)])
+            self.entries[name].artifact = artifact
+            self.entries[name].status = "fresh"
+
+    # --- reporting ------------------------------------------------------------------------------
+
+    def run_record(self, status: RunStatus) -> dict[str, Any]:
+        """The content of `run.json`."""
+        bundle = self.entries["package"].artifact
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run": self.run_dir.name,
+            "status": status,
+            "created_at": now(),
+            "task": self.config.task,
+            "backbone": self.config.backbone,
+            "config": self.config.model_dump(mode="json", by_alias=True),
+            "stages": [entry.to_dict() for entry in self.entries.values()],
+            "report": "report.html",
+            "bundle": "package/bundle" if bundle else None,
+            "environment": {"versions": versions_of(REPORTED_PACKAGES), "hardware": describe_hardware()},
+        }
+
+    def write_run(self, status: RunStatus) -> None:
+        """Write `run.json`, `report.html`, `report.md` and `junit.xml`."""
+        from pipeline.report import write_reports
+
+        record = self.run_record(status)
+        with translated_system_errors("report", self.run_dir):
+            write_json(self.run_dir / "run.json", record)
+            write_reports(record, self.run_dir)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def io_of(output: Path) -> dict[str, Any] | None:
+    """The I/O spec of the checkpoint in a stage's output, where there is one."""
+    import json
+
+    for name in ("checkpoint", "base"):
+        file = output / name / "model.json"
+        if file.exists():
+            io: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["io"]
+            return io
+    return None
+
+
+def describe_change(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """The first differences between two sets of key parts, in words."""
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before == after:
+            continue
+        label = f"{prefix}{name}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes.append(describe_change(before, after, f"{label}."))
+        elif isinstance(before, str) and isinstance(after, str) and len(before) == len(after) == 64:
+            changes.append(f"{label} changed")
+        else:
+            changes.append(f"{label} changed from {before!r} to {after!r}")
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+@contextmanager
+def lock_folder(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for one process. The lock goes with the process, also after `kill -9`.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    with translated_system_errors("run", run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                [
+                    Problem(
+                        str(run_dir), "another run is at work in this folder", "wait for it, or name another --run-dir"
+                    )
+                ]
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def translated_system_errors(stage: str, run_dir: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into an error with the next thing to try.
+
+    Raises:
+        StageError: a full disk, no permission, no memory, any other I/O error.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise StageError(f"{stage}: out of memory; try a smaller batch size or image size") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
+            raise StageError(
+                f"{stage}: the disk is full ({free / 1e6:.0f} MB free at {run_dir}); nothing was committed. "
+                "Free some space or name another --run-dir; the next run resumes here."
+            ) from error
+        raise StageError(f"{stage}: {os.strerror(error.errno) if error.errno else error}: {error}") from error

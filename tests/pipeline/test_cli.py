@@ -1,0 +1,160 @@
+"""The command line as a user meets it: subprocesses, exit codes, what is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+HEAVY = ("torch", "transformers", "timm", "peft", "onnx", "onnxruntime", "numpy", "pydantic", "sklearn", "datasets")
+
+
+def pipeline(*arguments: str, cwd: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the console script of this environment."""
+    script = Path(sys.executable).with_name("pipeline")
+    return subprocess.run([script, *arguments], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys\nfrom pipeline.cli import run\nassert run(['--help']) == 0\n"
+        f"print('LOADED', sorted(set(sys.modules) & set({HEAVY!r})))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "LOADED []" in done.stdout
+    assert "merge-lora" in done.stdout
+
+
+def test_every_command_of_the_chain_has_the_shared_options() -> None:
+    for command in ("finetune", "merge-lora", "export", "quantize", "validate", "package", "all"):
+        done = pipeline(command, "--help")
+        assert done.returncode == 0
+        for option in ("--config", "--set", "--run-dir", "--force", "--dry-run", "--json", "--quiet", "--verbose"):
+            assert option in done.stdout, (command, option)
+
+
+def test_exit_2_lists_every_mistake_and_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(
+        "task: image-clasification\nbackbone: timm:tf_efficientnet_lite00\n"
+        "data:\n  source: demo:fashion-mnist\nsead: 1\n"
+    )
+    done = pipeline("all", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "3 problems; nothing was run" in done.stderr
+    for part in ("pipeline.yaml:1 task", "'image-classification'?", "pipeline.yaml:2 backbone", "pipeline.yaml:5 sead"):
+        assert part in done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["all", "--from", "export", "--until", "finetune"],
+        ["all", "--from", "nothing"],
+        ["nothing"],
+        ["all", "--nothing"],
+    ],
+)
+def test_exit_2_on_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
+    done = pipeline(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_exit_2_when_the_file_is_missing(tmp_path: Path) -> None:
+    done = pipeline("all", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pipeline init" in done.stderr
+
+
+def test_exit_3_when_cuda_is_asked_for_and_not_there(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    init_here(tmp_path)
+    done = pipeline("all", "--set", "device=cuda", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 or done.returncode == 3
+    done = pipeline("all", "--set", "device=cuda", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "device: auto" in done.stderr
+
+
+def test_exit_4_on_unusable_data(tmp_path: Path) -> None:
+    init_here(tmp_path)
+    (tmp_path / "empty").mkdir()
+    done = pipeline("all", "--set", "data.source=empty", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "empty" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def init_here(folder: Path) -> None:
+    """A configuration by `pipeline init`."""
+    answers = ("--task", "image-classification", "--backbone", "timm:tf_efficientnet_lite0")
+    done = pipeline("init", *answers, "--data", "demo:fashion-mnist", cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_init_then_dry_run(tmp_path: Path) -> None:
+    init_here(tmp_path)
+    assert pipeline("init", "--task", "image-classification", cwd=tmp_path, stdin="").returncode == 2
+    done = pipeline("all", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "finetune", "merge-lora", "export", "quantize", "validate", "package"
+    ]  # fmt: skip
+    assert "there is no result yet" in done.stdout
+    plan = json.loads(pipeline("all", "--dry-run", "--json", "--until", "export", cwd=tmp_path).stdout)
+    assert [item["stage"] for item in plan] == ["finetune", "merge-lora", "export"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_single_stage_without_its_input_says_what_to_run(tmp_path: Path) -> None:
+    init_here(tmp_path)
+    done = pipeline("export", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pipeline all --until export" in done.stderr
+
+
+def test_schema_is_a_schema_with_descriptions_that_accepts_a_config() -> None:
+    schema = json.loads(pipeline("schema").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    config = {"task": "image-classification", "backbone": "timm:x", "data": {"source": "demo:fashion-mnist"}}
+    jsonschema.validate(config, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**config, "sead": 1}, schema)
+    bare = [
+        f"{name}.{key}"
+        for name, model in {"PipelineConfig": schema, **schema["$defs"]}.items()
+        for key, field in model.get("properties", {}).items()
+        if "description" not in field
+    ]
+    assert bare == []
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    done = pipeline("doctor", "--json")
+    findings = {item["name"]: item for item in json.loads(done.stdout)}
+    assert findings["torch"]["state"] == "ok"
+    assert "CPUExecutionProvider" in findings["execution providers"]["message"]
+    assert done.returncode == 0, done.stdout
+
+
+def test_doctor_says_when_two_runtimes_break_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline.doctor as doctor
+
+    monkeypatch.setattr(doctor, "version_of", lambda package: "1.31.1")
+    finding = doctor.examine_onnxruntime()
+    assert finding.state == "broken"
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in finding.mend
+
+
+def test_show_refuses_what_is_nothing_of_ours(tmp_path: Path) -> None:
+    assert pipeline("show", str(tmp_path)).returncode == 2

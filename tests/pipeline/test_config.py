@@ -1,0 +1,89 @@
+"""Every mistake is listed at once, with its line and the nearest known key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models.errors import ConfigError
+from pipeline.config import RECIPES, PipelineConfig, load_config
+from pipeline.init import write_config
+
+GOOD = "task: image-classification\nbackbone: timm:tf_efficientnet_lite0\ndata:\n  source: demo:fashion-mnist\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "pipeline.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_three_mistakes_are_three_problems_with_lines(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("demo:fashion-mnist", "demo:fashion-mnist\n  sourse: x") + "finetune:\n  epoch: 3\nseed: minus\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    problems = [str(problem) for problem in caught.value.problems]
+    assert len(problems) == 3
+    assert any(":5 data.sourse: unknown key (did you mean 'source'?)" in problem for problem in problems)
+    assert any(":7 finetune.epoch: unknown key (did you mean 'epochs'?)" in problem for problem in problems)
+    assert any(":8 seed: found 'minus'" in problem for problem in problems)
+
+
+def test_an_unknown_backbone_is_listed_beside_the_other_mistakes(tmp_path: Path) -> None:
+    text = GOOD.replace("tf_efficientnet_lite0", "tf_efficientnet_lite00") + "sead: 1\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert len(caught.value.problems) == 2
+    assert "tf_efficientnet_lite0" in str(caught.value)
+    assert "did you mean 'seed'" in str(caught.value)
+
+
+def test_missing_keys_say_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backbone: is missing \(timm:<name>"):
+        load_config(write(tmp_path, "task: image-classification\ndata:\n  source: demo:fashion-mnist\n"))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stands twice"):
+        load_config(write(tmp_path, GOOD + "seed: 1\nseed: 2\n"))
+
+
+def test_settings_override_the_file_and_are_named_when_wrong(tmp_path: Path) -> None:
+    config, _ = load_config(write(tmp_path, GOOD), ["finetune.epochs=9", "seed=4"])
+    assert (config.finetune.epochs, config.seed) == (9, 4)
+    with pytest.raises(ConfigError, match="--set finetune.epochs=many"):
+        load_config(write(tmp_path, GOOD), ["finetune.epochs=many"])
+    with pytest.raises(ConfigError, match="not of the form"):
+        load_config(write(tmp_path, GOOD), ["nonsense"])
+
+
+def test_not_yaml_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pipeline\.yaml:2"):
+        load_config(write(tmp_path, "task: [\nbackbone: }\n"))
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe: Path) -> None:
+    config, spec = load_config(recipe)
+    assert config.backbone == spec.id
+
+
+def test_init_writes_a_file_that_loads_also_with_every_comment_removed(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    write_config(file, "image-classification", "timm:tf_efficientnet_lite0", "demo:fashion-mnist", force=False)
+    minimal, _ = load_config(file)
+    uncommented = [
+        line.removeprefix("# ")
+        for line in file.read_text().splitlines()
+        if not line.lstrip("# ").strip() or ":" in line or not line.startswith("#")
+    ]
+    values = [line for line in uncommented if not line.lstrip().startswith("#")]
+    keys = {line.split(":")[0] for line in values if line and not line.startswith(" ") and ":" in line}
+    assert {"finetune", "export", "quantize", "validate", "package", "seed"} <= keys
+    assert minimal == PipelineConfig.model_validate(yaml.safe_load(GOOD))
+    with pytest.raises(ConfigError, match="exists"):
+        write_config(file, "image-classification", "timm:tf_efficientnet_lite0", "demo:fashion-mnist", force=False)

@@ -1,0 +1,414 @@
+"""The reports of a run: what they say, what they must never say, and what they survive."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.report import run_schema, validate_run, write_reports
+from pipeline.report.facts import Facts
+from pipeline.report.html import render_html
+from pipeline.report.junit import render_junit
+from pipeline.report.markdown import MAX_CHARACTERS, render_markdown
+from pipeline.report.terminal import print_summary
+from tests.pipeline.report_run import broken_run, candidate, confusion, gate, gate_failed_run, not_run, passing_run
+
+VOID = {"meta", "br"}
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a|b`c`**d**",
+    "::error::gotcha",
+    "##[error]gotcha",
+    "[red]x[/red] [l](http://e.example) @everyone #1 $x$ www.e.example",
+    '" onload="alert(1)',
+    "null\x00bell\x07esc\x1b[31m\ud800\u202eevil",
+    "two\nlines\n::error::second",
+    "x" * 3000,
+)
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects tags, attributes and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def summary_of(run: dict[str, Any], width: int = 100) -> str:
+    """What `print_summary` prints."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    print_summary(run, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def render_all(run: dict[str, Any]) -> tuple[str, str, str, str]:
+    """All four reports."""
+    return render_html(run), render_markdown(run), render_junit(run), summary_of(run)
+
+
+def paths_in(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every place in a JSON value, but only the first two items of a list."""
+    items = value.items() if isinstance(value, dict) else list(enumerate(value))[:2] if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from paths_in(item, (*path, key))
+
+
+def replaced(run: dict[str, Any], path: tuple[str | int, ...], value: object) -> dict[str, Any]:
+    """A copy of the run with another value at `path`."""
+    changed = copy.deepcopy(run)
+    place: Any = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+# --- what the headline says -----------------------------------------------------------------------
+
+
+def test_passed_run_says_what_ships_with_its_numbers() -> None:
+    facts = Facts(passing_run())
+    assert (facts.verdict, facts.headline) == ("pass", "Ready to ship: onnx-int8-static")
+    for part in ("1,000 held-out examples", "accuracy 85.4% (−0.3 pt", "4.8× the speed", "27% of its size (3.6 MB)"):
+        assert part in facts.explanation
+    for report in (render_html(passing_run()), render_markdown(passing_run()), summary_of(passing_run())):
+        assert "Ready to ship" in report.replace("&#58;", ":")
+        assert "85.4%" in report
+        assert "4.8×" in report
+
+
+def test_failed_gate_is_named_first_and_nothing_ships() -> None:
+    run = gate_failed_run()
+    assert Facts(run).verdict == "fail"
+    assert Facts(run).headline == "Not shipped: 1 gate failed"
+    page = Page(render_html(run)).text
+    assert "max_metric_drop · onnx-int8-static (validate): 0.034 is above 0.01" in page
+    assert page.index("✗ fail") < page.index("✓ pass", page.index("Finding"))
+    assert "11 of 12 gates passed" in render_markdown(run)
+    assert "gate failed: validate max_metric_drop [onnx-int8-static]: 0.034 is above 0.01" in summary_of(run)
+
+
+def test_broken_stage_shows_its_error_in_full_and_what_did_run() -> None:
+    page = Page(render_html(broken_run())).text
+    assert "Not shipped: export failed" in page
+    assert "operator aten::foo is not supported\nexpected an operator of opset 20" in page
+    assert "2 min 28 s" in page
+    assert "aten::foo" in summary_of(broken_run())
+
+
+def test_interrupted_run_says_that_it_resumes() -> None:
+    run = broken_run()
+    run["stages"][2] |= {"status": "interrupted", "error": None}
+    run["status"] = "interrupted"
+    assert Facts(run).headline == "Not finished: interrupted in export"
+    assert "resumes" in Facts(run).explanation
+
+
+@pytest.mark.parametrize("change", ["no gates", "gate failed", "nothing chosen", "status", "not packed"])
+def test_nothing_is_ready_to_ship_without_evidence(change: str) -> None:
+    run = passing_run()
+    if change == "no gates":
+        for stage in run["stages"]:
+            stage["gates"] = []
+    elif change == "gate failed":
+        run["stages"][0]["gates"] = [gate("accuracy", "network", None, "at least", 0.5)]
+    elif change == "nothing chosen":
+        run["stages"][4]["measurements"]["chosen"] = None
+    elif change == "status":
+        run["status"] = "failed"
+    else:
+        run["stages"][5] = not_run("package")
+    assert Facts(run).verdict != "pass"
+    assert all("Ready to ship" not in report for report in render_all(run))
+
+
+def test_almost_all_is_never_shown_as_all() -> None:
+    run = passing_run()
+    run["stages"][4]["measurements"]["candidates"][2]["agreement"] = 0.99999
+    assert ">99.9%" in render_markdown(run)
+
+
+def test_left_out_candidate_is_reported_with_its_reason() -> None:
+    for report in (Page(render_html(passing_run())).text, render_markdown(passing_run())):
+        assert "onnx-int8-dynamic" in report
+        assert "accuracy fell 3.4 points on the validation split" in report
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [passing_run(), broken_run(), gate_failed_run()], ids=["passed", "broken", "gate"])
+def test_page_loads_nothing_and_runs_nothing(run: dict[str, Any]) -> None:
+    source = render_html(run)
+    page = Page(source)
+    assert page.tags.isdisjoint({"script", "link", "iframe", "img", "object", "embed", "form", "base"})
+    identities = {value for _, name, value in page.attributes if name == "id"}
+    for _, name, value in page.attributes:
+        assert not name.startswith("on")
+        assert name not in ("src", "srcset", "data", "action", "xlink:href")
+        if name == "href":
+            assert value is not None
+            assert value.startswith("#")
+            assert value[1:] in identities
+    assert "url(" not in source
+    assert "@import" not in source
+    assert "default-src 'none'" in source
+
+
+def test_page_has_every_plot_with_a_text_alternative() -> None:
+    page = Page(render_html(passing_run()))
+    names = [value or "" for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert len(names) == sum(1 for tag, name, _ in page.attributes if tag == "svg" and name == "role")
+    for start, count in (
+        ("Accuracy against median latency", 1),
+        ("Absolute logit error", 3),
+        ("Confusion matrix of 10 classes; 895 of 1000", 1),
+        ("Loss by epoch", 1),
+        ("Validation accuracy by epoch", 1),
+        ("Stages one after the other", 1),
+    ):
+        assert sum(name.startswith(start) for name in names) == count, start
+
+
+def test_page_has_lineage_configuration_and_environment() -> None:
+    run = passing_run()
+    text = Page(render_html(run)).text
+    assert all(stage["digest"] in text for stage in run["stages"])
+    assert run["stages"][4]["measurements"]["candidates"][0]["sha256"] in text
+    assert run["stages"][5]["measurements"]["sha256"] in text
+    assert '"source": "demo:fashion-mnist"' in text
+    assert "onnxruntime" in text
+    assert "16.8 GB" in text
+
+
+def test_scrolling_regions_are_reachable_by_keyboard() -> None:
+    source = render_html(passing_run())
+    assert source.count('class="scroll"') == source.count('class="scroll" tabindex="0" role="region" aria-label=')
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_many_classes_give_a_list_and_no_matrix() -> None:
+    run = passing_run()
+    labels = tuple(f"class {index}" for index in range(300))
+    run["stages"][4]["measurements"] |= {"labels": list(labels), "confusion": confusion(labels)}
+    source = render_html(run)
+    assert "300 classes are too many to draw" in source
+    assert "Most frequent mistakes" in source
+    assert len(source) < 200_000
+
+
+def test_confusion_matrix_of_another_size_is_not_drawn() -> None:
+    run = passing_run()
+    run["stages"][4]["measurements"]["confusion"] = [[1, 2], [3]]
+    assert "Confusion matrix" not in render_html(run)
+
+
+def test_same_run_gives_the_same_bytes() -> None:
+    assert render_all(passing_run()) == render_all(copy.deepcopy(passing_run()))
+
+
+# --- hostile and missing values -------------------------------------------------------------------
+
+
+def hostile_run(text: str) -> dict[str, Any]:
+    """A run that has `text` wherever text comes from outside."""
+    run = gate_failed_run()
+    run |= {"run": text, "backbone": text, "task": text, "config": {text: text}}
+    measured = run["stages"][4]["measurements"]
+    measured |= {"labels": [text] * 10, "chosen": text, "objective": text}
+    measured["candidates"][2] |= {"name": text, "precision": text, "file": text}
+    run["stages"][4]["gates"][6] |= {"name": text, "subject": text, "message": text, "unit": text}
+    run["stages"][3]["measurements"]["candidates"][1] |= {"name": text, "reason": text}
+    run["stages"][0] |= {"notes": [text], "reason": text}
+    run["stages"][5] |= {"status": "failed", "error": text}
+    run["environment"]["versions"] = {text: text}
+    return run
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text: str, tmp_path: Path) -> None:
+    run = hostile_run(text)
+    write_reports(run, tmp_path)
+
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+    assert "](http" not in markdown
+    assert "`" not in markdown
+    assert "@everyone" not in markdown
+    assert "://" not in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} <= {3, 6, 8, 10}
+
+    root = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert root.get("failures") == "1"
+    assert root.get("errors") == "1"
+
+    for width in (40, 100, 200):
+        printed = summary_of(run, width)
+        assert not re.search(r"^\s*::(error|warning|notice)", printed, re.MULTILINE)
+        assert "##[" not in printed
+        assert "\x1b" not in printed
+        assert "\x07" not in printed
+
+
+@pytest.mark.parametrize("value", [None, "text", math.nan, -1, [], {}, True], ids=repr)
+def test_any_value_may_be_missing_or_odd(value: object) -> None:
+    run = passing_run() | {"status": "failed"}
+    run["stages"][5] |= {"status": "failed", "error": "disk full"}
+    for path in paths_in(run):
+        changed = replaced(run, path, value)
+        ElementTree.fromstring(render_junit(changed))
+        assert render_markdown(changed).startswith("## ❌")
+        assert "nan%" not in render_html(changed)
+        assert "Not shipped" in summary_of(changed)
+
+
+def test_empty_record_still_reports() -> None:
+    html, markdown, junit, printed = render_all({})
+    assert "Not shipped" in html
+    assert "Not shipped" in markdown
+    assert "Not shipped" in printed
+    assert ElementTree.fromstring(junit).get("tests") == "0"
+
+
+def test_markdown_fits_a_comment_whatever_the_run_holds() -> None:
+    run = passing_run()
+    run["stages"][4]["gates"] = [gate("&" * 200, "<" * 200, 1.0, "at most", 0.0, "@" * 50) for _ in range(5000)]
+    run["stages"][4]["measurements"]["candidates"] = [candidate("|" * 200, "fp32", 0.8, 0.1, 3.0, 10)] * 500
+    run["stages"][0]["notes"] = ["*" * 1000] * 500
+    run["stages"][5] |= {"status": "failed", "error": "<\n" * 90_000}
+    markdown = render_markdown(run)
+    assert len(markdown) <= MAX_CHARACTERS
+    assert "report.html" in markdown
+    assert len(render_html(run)) < 2_000_000
+
+
+# --- junit ----------------------------------------------------------------------------------------
+
+
+def test_junit_has_a_case_for_every_gate() -> None:
+    run = gate_failed_run()
+    root = ElementTree.fromstring(render_junit(run))
+    cases = root.findall("./testsuite/testcase")
+    assert len([case for case in cases if case.find("skipped") is None]) == sum(len(s["gates"]) for s in run["stages"])
+    failed = [case for case in cases if case.find("failure") is not None]
+    assert [(case.get("classname"), case.get("name")) for case in failed] == [
+        ("validate", "max_metric_drop [onnx-int8-static]")
+    ]
+    failure = failed[0].find("failure")
+    assert failure is not None
+    assert failure.get("message") == "0.034 is above 0.01"
+    assert {key: root.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "13", "failures": "1", "errors": "0", "skipped": "1",
+    }  # fmt: skip
+
+
+def test_junit_marks_the_stage_that_failed_and_skips_those_behind() -> None:
+    root = ElementTree.fromstring(render_junit(broken_run()))
+    assert [case.get("classname") for case in root.iter("testcase") if case.find("error") is not None] == ["export"]
+    assert [case.get("classname") for case in root.iter("testcase") if case.find("skipped") is not None] == [
+        "quantize", "validate", "package",
+    ]  # fmt: skip
+
+
+def test_junit_names_of_a_suite_are_unique() -> None:
+    run = passing_run()
+    run["stages"][0]["gates"] = [gate("same", "network", value, "at most", 1.0) for value in (0.5, 2.0, 0.5)]
+    cases = ElementTree.fromstring(render_junit(run)).findall("./testsuite[@name='finetune']/testcase")
+    assert [case.get("name") for case in cases] == ["same [network]", "same [network] (2)", "same [network] (3)"]
+    assert [case.find("failure") is not None for case in cases] == [False, True, False]
+
+
+# --- files and schema -----------------------------------------------------------------------------
+
+
+def test_write_reports_writes_three_files_and_nothing_else(tmp_path: Path) -> None:
+    write_reports(passing_run(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["junit.xml", "report.html", "report.md"]
+
+
+def test_failed_write_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_reports(passing_run(), tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.report.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_reports(gate_failed_run(), tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("run", [passing_run(), broken_run(), gate_failed_run()], ids=["passed", "broken", "gate"])
+def test_schema_accepts_real_runs(run: dict[str, Any]) -> None:
+    assert validate_run(run) == []
+
+
+def test_schema_is_valid_itself() -> None:
+    from jsonschema import Draft202012Validator
+
+    Draft202012Validator.check_schema(run_schema())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("schema_version",), 2),
+        (("status",), "ok"),
+        (("stages", 0, "status"), "skipped"),
+        (("stages", 0, "digest"), "abc"),
+        (("stages", 0, "digest"), None),
+        (("stages", 0, "gates", 0, "measured"), None),
+        (("stages", 4, "measurements", "candidates", 0, "accuracy"), 85.7),
+        (("stages", 4, "measurements", "confusion", 0, 0), -1),
+        (("bundle",), 1),
+    ],
+    ids=str,
+)
+def test_schema_refuses_what_is_wrong(path: tuple[str | int, ...], value: object) -> None:
+    problems = validate_run(replaced(passing_run(), path, value))
+    assert len(problems) >= 1
+    assert problems[0].startswith("$.")
+
+
+def test_schema_refuses_a_missing_key() -> None:
+    run = passing_run()
+    del run["environment"]
+    assert any("environment" in problem for problem in validate_run(run))
