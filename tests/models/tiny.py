@@ -91,6 +91,7 @@ def classifier_of(loaded: LoadedBackbone, labels: tuple[str, ...] = ("a", "b", "
     torch.manual_seed(1)
     model = new_classifier(loaded, len(labels))
     nn.init.normal_(model.task_head.weight, std=0.5)
+    nn.init.normal_(model.task_head.bias, std=0.1)  # zero, the exporter would store it as one with other zeros
     library = loaded.architecture["library"]
     backbone = BackboneSpec(f"{library}:tiny", library, "tiny", None, None, "random", "0")
     task = "text-classification" if loaded.processing.kind == "text" else "image-classification"

@@ -1,4 +1,4 @@
-"""Real artifacts of tiny random networks, made once: what validate and package consume."""
+"""Real artifacts of tiny random networks, made once: what export, quantize, validate and package consume."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from models.spec import Task
 from pipeline.progress import QuietProgress
-from stages.artifact import Artifact, digest_files, write_json
+from stages.artifact import Artifact, write_json
 from stages.base import StageContext
 from stages.candidates import Candidate, write_candidates
 from stages.data.splits import DataSplits, Example, digest_of_content, fingerprint_of
 from tests.models.tiny import WORDS, image_backbone, saved_checkpoint, text_backbone
+from tests.stages.small_run import artifact_of
 
 LABELS = ("a", "b", "c")
 SAMPLES = 48
-
-
-def artifact_of(stage: str, folder: Path) -> Artifact:
-    """A folder as its stage would have committed it."""
-    return Artifact(stage, folder, {"schema_version": 1, "stage": stage, "files": digest_files(folder)})
 
 
 def test_split(task: Task, samples: int = SAMPLES) -> tuple[Example, ...]:
@@ -70,16 +66,16 @@ def context_of(
 
 
 @functools.cache
-def made() -> dict[str, Artifact]:
-    """merge-lora, export (fp32, fp16) and quantize (the head in INT8) of a tiny random image network."""
+def made(task: Task = "image-classification") -> dict[str, Artifact]:
+    """merge-lora, export (fp32, fp16) and quantize (matrix products in INT8) of a tiny random network."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from stages.export import Export, ExportConfig
 
     root = temporary_folder()
-    saved_checkpoint(root / "merge-lora/checkpoint", image_backbone())
+    saved_checkpoint(root / "merge-lora/checkpoint", text_backbone() if task.startswith("text") else image_backbone())
     artifacts = {"merge-lora": artifact_of("merge-lora", root / "merge-lora")}
-    result = Export().run(context_of(root / "export", artifacts), ExportConfig())
+    result = Export().run(context_of(root / "export", artifacts, task), ExportConfig())
     assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]
     artifacts["export"] = artifact_of("export", root / "export")
     path = root / "quantize/onnx-int8-dynamic.onnx"
@@ -93,7 +89,7 @@ def made() -> dict[str, Artifact]:
 
 
 @functools.cache
-def validated() -> dict[str, Artifact]:
+def validated(task: Task = "image-classification") -> dict[str, Artifact]:
     """The same with validate's artifact."""
     from stages.validate import Validate, ValidateConfig
 
@@ -102,56 +98,9 @@ def validated() -> dict[str, Artifact]:
     config = ValidateConfig.model_validate(
         {"latency_calls": 20, "gates": {"max_metric_drop": 0.2, "min_agreement_int8": 0.8}}
     )
-    result = Validate().run(context_of(folder, made()), config)
+    result = Validate().run(context_of(folder, made(task), task), config)
     assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]
-    return made() | {"validate": artifact_of("validate", folder)}
-
-
-@functools.cache
-def validated_text() -> dict[str, Artifact]:
-    """The checkpoint of a tiny BERT and a hand-made graph of the same contract, with evidence written by hand."""
-    root = temporary_folder()
-    saved_checkpoint(root / "merge-lora/checkpoint", text_backbone())
-    for stage in ("export", "quantize", "validate"):
-        (root / stage).mkdir()
-    onnx.save(text_graph(), root / "export/onnx-fp32.onnx")
-    export = artifact_of("export", root / "export")
-    entry = {
-        "name": "onnx-fp32", "stage": "export", "precision": "fp32", "file": "onnx-fp32.onnx", "passed": True,
-        "files": export.manifest["files"], "sha256": export.manifest["files"]["onnx-fp32.onnx"], "size_bytes": 1,
-        "accuracy": 0.5, "accuracy_difference": 0.0, "accuracy_difference_interval": [-0.1, 0.1], "agreement": 1.0,
-        "smallest_visible_drop": 0.1, "latency_ms_p50": 1.0,
-    }  # fmt: skip
-    reference = {"accuracy": 0.5, "latency_ms_p50": 2.0, "size_bytes": 2}
-    evidence = {"candidates": [entry], "chosen": "onnx-fp32", "reference": reference, "samples": 48, "threads": 2,
-                "objective": "latency", "gates": []}  # fmt: skip
-    write_json(root / "validate/evidence.json", evidence)
-    return {stage: artifact_of(stage, root / stage) for stage in ("merge-lora", "export", "quantize", "validate")}
-
-
-def text_graph() -> onnx.ModelProto:
-    """`logits` = masked sum of an embedding of `input_ids`, one row a word."""
-    table = np.random.default_rng(3).normal(size=(len(WORDS), len(LABELS))).astype(np.float32)
-    dims = ["batch", "sequence"]
-    nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["words"]),
-        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["mask", "last"], ["weights"]),
-        helper.make_node("Mul", ["words", "weights"], ["kept"]),
-        helper.make_node("ReduceSum", ["kept", "middle"], ["logits"], keepdims=0),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "text",
-        [helper.make_tensor_value_info(name, TensorProto.INT64, dims) for name in ("input_ids", "attention_mask")],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(LABELS)])],
-        [
-            numpy_helper.from_array(table, "table"),
-            numpy_helper.from_array(np.array([-1]), "last"),
-            numpy_helper.from_array(np.array([1]), "middle"),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return made(task) | {"validate": artifact_of("validate", folder)}
 
 
 def temporary_folder() -> Path:

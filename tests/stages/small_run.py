@@ -114,5 +114,5 @@ def make_context(
 
 
 def artifact_of(stage: str, folder: Path) -> Artifact:
-    """What the runner would have committed."""
-    return Artifact(stage, folder, {"files": digest_files(folder)})
+    """A folder as the runner would have committed it."""
+    return Artifact(stage, folder, {"schema_version": 1, "stage": stage, "files": digest_files(folder)})
