@@ -9,6 +9,7 @@ Fails when: the quantizer refuses the graph, or calibration meets NaN or infinit
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,17 +26,17 @@ from stages.gate import Gate, GateResult
 from stages.quantize.qdq import (
     Form,
     Layout,
+    calibrate_ranges,
     compute_nodes,
-    macs_of,
-    merge_ranges,
+    macs_by_node,
     quantizable_nodes,
     quantize_graph,
-    with_ranges_as_outputs,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    from onnxruntime.quantization.calibrate import TensorsData
 
     from models.checkpoint import Checkpoint
 
@@ -222,22 +223,20 @@ def count_macs(model: onnx.ModelProto, checkpoint: Checkpoint, context: StageCon
 
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 
-    nodes = compute_nodes(model)
-    if not nodes:
-        return {}
     probe = copy.deepcopy(model)
     del probe.graph.output[:]
-    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in nodes)
+    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in compute_nodes(model))
+    if not probe.graph.output:
+        return {}
     path = scratch / "shapes.onnx"
     onnx.save(probe, path)
     with OnnxRuntimeSession(path, threads=context.threads, optimization="none") as session:
         outputs = session.infer(checkpoint.processing.arrays([context.data["validation"][0].content]))
-    dims = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    return {node.name: macs_of(node, dims[node.input[1]], outputs[node.output[0]].size) for node in nodes}
+    return macs_by_node(model, {name: value.size for name, value in outputs.items()})
 
 
 def quantize_dynamically(bench: Workbench) -> Candidate:
-    """INT8 weights a channel, activations scaled at run time; matrix products only.
+    """INT8 weights a channel, activations scaled at run time; matrix products and embeddings only.
 
     Convolutions stay in floating point: with them EfficientNet-Lite0 fell from .7485 to .103 accuracy, and
     its latency rose from 1.3 to 20.7 ms.
@@ -254,7 +253,7 @@ def quantize_dynamically(bench: Workbench) -> Candidate:
     onnx.save(bench.model, source)
     try:
         quantize_dynamic(
-            str(source), str(target), op_types_to_quantize=["MatMul"], per_channel=True,
+            str(source), str(target), op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
             reduce_range=bench.config.reduce_range, weight_type=QuantType.QInt8,
         )  # fmt: skip
     except quantizer_errors() as error:
@@ -276,7 +275,7 @@ def quantize_statically(bench: Workbench) -> Candidate:
     ranges = calibrate(bench)
     ranking: list[str] = []
     ladder: list[dict[str, Any]] = []
-    attempts: list[tuple[onnx.ModelProto, dict[str, Any]]] = []
+    best: tuple[onnx.ModelProto, dict[str, Any]] | None = None
     for count in float_counts(bench.config, len(nodes)):
         if count and not ranking:
             ranking = rank_nodes(bench, nodes, ranges, form)
@@ -284,18 +283,23 @@ def quantize_statically(bench: Workbench) -> Candidate:
         measured = judge(bench, model, name) | arithmetic(bench, ranking[:count])
         step = {"float_nodes": count} | {key: measured[key] for key in ("accuracy", "agreement", "share_int8_macs")}
         ladder.append(step)
-        attempts.append((model, measured))
         words = ", ".join(f"{key} {value:.4g}" for key, value in step.items())
         bench.context.log.info("           %s: %s", name, words)
-        if not outside_budget(bench.config, measured):
+        inside = not outside_budget(bench.config, measured)
+        if inside or best is None or closeness(measured) > closeness(best[1]):
+            best = (model, measured)
+        if inside:
             break
-    # The last attempt is the one inside; where none is, the report shows the best one.
-    if outside_budget(bench.config, attempts[-1][1]):
-        attempts.sort(key=lambda attempt: (attempt[1]["accuracy"], attempt[1]["agreement"]))
-    model, measured = attempts[-1]
+    assert best is not None
+    model, measured = best
     target = bench.scratch / f"{name}.onnx"
     onnx.save(model, target)
     return keep_or_leave_out(bench, target, measured | {"layout": form.layout, "ladder": ladder})
+
+
+def closeness(measured: Mapping[str, Any]) -> tuple[float, float]:
+    """How near to the reference a variant is, larger is nearer: where none is inside, the report shows the best."""
+    return measured["accuracy"], measured["agreement"]
 
 
 def float_counts(config: QuantizeConfig, nodes: int) -> list[int]:
@@ -305,22 +309,25 @@ def float_counts(config: QuantizeConfig, nodes: int) -> list[int]:
     return [count for count in FLOAT_NODES if count <= nodes // 2]
 
 
-def calibrate(bench: Workbench) -> dict[str, tuple[float, float]]:
-    """The range of every activation over the calibration split, through the real preprocessing.
+def calibrate(bench: Workbench) -> TensorsData:
+    """The range of every activation over the calibration split, through the real preprocessing."""
+    import onnx
 
-    Minimum and maximum: entropy and percentiles changed nothing on EfficientNet-Lite0 (.621 against .621 and .632).
-    """
     from stages.inputs import batches
 
     examples = bench.context.data["calibration"][: bench.config.calibration_samples]
-    probe, names = with_ranges_as_outputs(bench.model, bench.config.layout)
-    inputs = (arrays for arrays, _ in batches(bench.checkpoint.processing, examples, BATCH_SIZE))
-    return merge_ranges(bench.run(probe, inputs), names)
+    path = bench.scratch / "source.onnx"
+    onnx.save(bench.model, path)
+    with bench.context.progress.task("calibration", math.ceil(len(examples) / BATCH_SIZE)) as advance:
+        arrays = (inputs for inputs, _ in batches(bench.checkpoint.processing, examples, BATCH_SIZE))
+        try:
+            return calibrate_ranges(path, bench.scratch, arrays, advance)
+        except quantizer_errors() as error:
+            message = f"onnx-int8-static: {error}; take int8-static out of quantize.schemes"
+            raise QuantizeError(message) from error
 
 
-def rank_nodes(
-    bench: Workbench, nodes: Sequence[str], ranges: Mapping[str, tuple[float, float]], form: Form
-) -> list[str]:
+def rank_nodes(bench: Workbench, nodes: Sequence[str], ranges: TensorsData, form: Form) -> list[str]:
     """Nodes from the most to the least sensitive.
 
     Each is quantized alone; its harm is the mean squared change of the logits over calibration examples. Ranked so,
@@ -362,9 +369,12 @@ def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[st
             session, bench.checkpoint.processing, context.data["validation"], BATCH_SIZE, context.progress, description
         )
     found, wanted = logits.argmax(1), bench.reference.argmax(1)
+    right, right_before = int((found == bench.labels).sum()), int((wanted == bench.labels).sum())
+    samples = len(bench.labels)
     return {
-        "accuracy": float((found == bench.labels).mean()),
-        "reference_accuracy": float((wanted == bench.labels).mean()),
+        "accuracy": right / samples,
+        "reference_accuracy": right_before / samples,
+        "accuracy_drop": (right_before - right) / samples,  # of counts: 0.868 − 0.858 is above 0.01 in floating point
         "agreement": float((found == wanted).mean()),
     }
 
@@ -381,9 +391,8 @@ def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any]) -> str:
     if measured["share_int8_macs"] < config.min_int8_share:
         share = f"only {measured['share_int8_macs']:.1%} of the arithmetic is in INT8"
         return f"{share}; {config.min_int8_share:.0%} is asked for"
-    drop = measured["reference_accuracy"] - measured["accuracy"]
-    if drop > config.max_metric_drop:
-        return f"the accuracy drops by {drop:.4f}; the budget is {config.max_metric_drop:.4f}"
+    if measured["accuracy_drop"] > config.max_metric_drop:
+        return f"the accuracy drops by {measured['accuracy_drop']:.4f}; the budget is {config.max_metric_drop:.4f}"
     if measured["agreement"] < config.min_agreement:
         return f"it agrees with the reference on {measured['agreement']:.2%}; the budget is {config.min_agreement:.2%}"
     return ""

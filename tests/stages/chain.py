@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from models.spec import Task
 from pipeline.progress import QuietProgress
-from stages.artifact import Artifact, write_json
+from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.candidates import Candidate, write_candidates
 from stages.data.splits import DataSplits, Example, digest_of_content, fingerprint_of

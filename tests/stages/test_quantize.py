@@ -20,8 +20,16 @@ from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.data.splits import DataSplits, Example
 from stages.quantize import Quantize, QuantizeConfig
-from stages.quantize.qdq import Form, compute_nodes, merge_ranges, quantizable_nodes, quantize_graph
-from stages.quantize.stage import Workbench, calibrate, count_macs, float_counts, quantize_statically, rank_nodes
+from stages.quantize.qdq import Form, calibrate_ranges, compute_nodes, quantizable_nodes, quantize_graph
+from stages.quantize.stage import (
+    Workbench,
+    calibrate,
+    count_macs,
+    float_counts,
+    outside_budget,
+    quantize_statically,
+    rank_nodes,
+)
 from tests.stages.chain import artifact_of, context_of, made, test_split
 
 TASKS: tuple[Task, ...] = ("image-classification", "text-classification")
@@ -174,7 +182,7 @@ def test_the_ladder_keeps_that_node_in_float_and_stops(tmp_path: Path, monkeypat
     written = onnx.load(bench.context.output / candidate.file)
     inputs = {node.name: list(node.input) for node in written.graph.node}
     assert inputs["fragile"] == ["a", "w1"]  # the original weights, and the activation before any pair
-    assert inputs["plain"] == ["x/dequantized", "w0/dequantized"]
+    assert inputs["plain"] == ["x_DequantizeLinear_Output", "w0_DequantizeLinear_Output"]
 
 
 def test_without_the_ladder_the_candidate_is_left_out(tmp_path: Path) -> None:
@@ -223,22 +231,43 @@ def test_the_graph_is_close_to_the_original(tmp_path: Path, task: Task, layout: 
     wanted, found = logits_of(model), logits_of(quantized)
     noise = np.square(found - wanted).mean() / np.square(wanted - wanted.mean(0)).mean()
     assert 0 < noise < 0.2
-    zero_points = {
-        tuple(np.unique(numpy_helper.to_array(tensor)))
-        for tensor in quantized.graph.initializer
-        if tensor.name.endswith("/zero")
-    }
-    dtypes = {tensor.data_type for tensor in quantized.graph.initializer if tensor.name.endswith("/zero")}
+    zeros = [tensor for tensor in quantized.graph.initializer if tensor.name.endswith("_zero_point")]
     if layout == "tensorrt":
-        assert zero_points == {(0,)} and dtypes == {TensorProto.INT8}
+        assert {tuple(np.unique(numpy_helper.to_array(tensor))) for tensor in zeros} == {(0,)}
+        assert {tensor.data_type for tensor in zeros} == {TensorProto.INT8}
+        pairs = [name for node in quantized.graph.node if node.op_type == "QuantizeLinear" for name in node.output]
+        readers = [sum(name in node.input for node in quantized.graph.node) for name in pairs]
+        assert set(readers) == {1}
     else:
-        assert dtypes == {TensorProto.INT8, TensorProto.UINT8}
+        assert {tensor.data_type for tensor in zeros} == {TensorProto.INT8, TensorProto.UINT8}
+        tables = {tensor.name for tensor in quantized.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+        assert not [node.name for node in quantized.graph.node if node.op_type == "Gather" and node.input[0] in tables]
     left = {node.name for node in compute_nodes(quantized)}
     assert not left  # no compute node reads a floating-point constant any more
 
 
+def test_what_is_not_quantized_reads_what_it_read_before(tmp_path: Path) -> None:
+    """The residual additions and layer norms of a transformer are not rounded to 8 bits on their way."""
+    from models.checkpoint import load_checkpoint
+    from stages.quantize.stage import prepare_graph
+
+    artifacts = made("text-classification")
+    context = context_for(tmp_path, "text-classification")
+    checkpoint = load_checkpoint(artifacts["merge-lora"].folder / "checkpoint")
+    model = prepare_graph(artifacts["export"].file("onnx-fp32.onnx"), tmp_path)
+    bench = Workbench(context, QuantizeConfig(), checkpoint, model, {}, tmp_path, np.zeros(0), np.zeros(0))
+    targets = {node.name for node in quantizable_nodes(model, "onnxruntime")}
+    embedded = {node.output[0] for node in model.graph.node if node.op_type == "Gather" and node.name in targets}
+    before = {node.name: node for node in model.graph.node if node.name not in targets}
+    after = {node.name: node for node in quantize_graph(model, calibrate(bench), Form()).graph.node}
+    assert len(embedded) == 3 and len(targets) == 3 + 2 * 6 + 1
+    for name, node in before.items():
+        for index, tensor in enumerate(node.input):
+            assert after[name].input[index] == tensor or tensor in embedded
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
-def test_matrix_products_are_scaled_along_their_output_channels(transposed: int) -> None:
+def test_matrix_products_are_scaled_along_their_output_channels(tmp_path: Path, transposed: int) -> None:
     weight = np.array([[1, 100], [2, 50], [-4, 25]], np.float32)  # (in, out): columns of very different size
     stored = weight.T.copy() if transposed else weight
     node = helper.make_node("Gemm", ["x", "w"], ["y"], "gemm", transB=transposed)
@@ -246,13 +275,16 @@ def test_matrix_products_are_scaled_along_their_output_channels(transposed: int)
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])
     graph = helper.make_graph([node], "one", [x], [y], [numpy_helper.from_array(stored, "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    result = quantize_graph(model, {"x": (-1.0, 1.0)}, Form("tensorrt"))
+    onnx.save(model, tmp_path / "one.onnx")
+    calibration = [{"x": np.array([[-1, 0, 1]], np.float32)}]
+    ranges = calibrate_ranges(tmp_path / "one.onnx", tmp_path, iter(calibration), lambda: None)
+    result = quantize_graph(model, ranges, Form("tensorrt"))
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in result.graph.initializer}
-    np.testing.assert_allclose(tensors["w/scale"], [4 / 127, 100 / 127], rtol=1e-6)
+    np.testing.assert_allclose(tensors["w_scale"], [4 / 127, 100 / 127], rtol=1e-2)
     assert "w" not in tensors
-    narrow = quantize_graph(model, {"x": (-1.0, 1.0)}, Form("onnxruntime", reduce_range=True))
-    integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in narrow.graph.initializer}["w/int8"]
-    assert np.abs(integers).max() == 63
+    narrow = quantize_graph(model, ranges, Form("onnxruntime", reduce_range=True))
+    integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in narrow.graph.initializer}["w_quantized"]
+    assert 60 <= np.abs(integers).max() <= 64
 
 
 def test_only_residual_additions_are_quantized() -> None:
@@ -266,10 +298,23 @@ def test_only_residual_additions_are_quantized() -> None:
     assert [node.name for node in quantizable_nodes(model, "tensorrt")] == ["plain", "fragile", "last"]
 
 
-def test_ranges_are_merged_over_batches_and_must_be_finite() -> None:
-    parts = [{"a/min": np.float32(-1), "a/max": np.float32(2)}, {"a/min": np.float32(-3), "a/max": np.float32(1)}]
-    assert merge_ranges(parts, ["a"]) == {"a": (-3.0, 2.0)}
-    with pytest.raises(QuantizeError, match=r"nan.* in a"):
-        merge_ranges([{"a/min": np.float32("nan"), "a/max": np.float32(1)}], ["a"])
+def test_ranges_are_merged_over_batches_and_must_be_finite(tmp_path: Path) -> None:
+    onnx.save(fragile_network(), tmp_path / "fp32.onnx")
+    parts = [np.full((2, 3, 4, 4), value, np.float32) for value in (-3, 1, 2)]
+
+    def ranges_of(*parts: np.ndarray) -> Any:
+        return calibrate_ranges(tmp_path / "fp32.onnx", tmp_path, ({"x": part} for part in parts), lambda: None)
+
+    found = ranges_of(*parts)["x"]
+    assert (found.lowest.item(), found.highest.item()) == (-3.0, 2.0)
+    with pytest.raises(QuantizeError, match="calibration met .*inf"):
+        ranges_of(*parts, np.full((2, 3, 4, 4), np.inf, np.float32))
     with pytest.raises(QuantizeError, match="empty"):
-        merge_ranges([], ["a"])
+        ranges_of()
+
+
+def test_a_drop_that_equals_the_budget_is_inside() -> None:
+    """0.868 − 0.858 is above 0.01 in floating point; counts are not."""
+    measured = {"accuracy_drop": (434 - 429) / 500, "agreement": 1.0, "share_int8_macs": 1.0}
+    assert outside_budget(QuantizeConfig(max_metric_drop=0.01), measured) == ""
+    assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured)
