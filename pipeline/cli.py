@@ -288,14 +288,12 @@ def run(arguments: list[str] | None = None) -> int:
 
         typer.echo(f"error: the package {error.name!r} is not installed; `pipeline doctor` has the line", err=True)
         return MissingCapabilityError.exit_code
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command resumes", err=True)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted; the same command goes on from here", err=True)
         return EXIT_INTERRUPTED
     except typer_usage_errors() as error:
         error.show()
         return ConfigError.exit_code
-    except typer.Abort:
-        return EXIT_INTERRUPTED
     except Exception:  # the outermost frame: Python's own exit code, 1, would read as "a gate failed"
         traceback.print_exc()
         typer.echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)

@@ -109,9 +109,10 @@ def plain_table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]],
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index in numeric else "left", overflow="fold")
+        # Names are cut rather than folded where a terminal is narrow.
+        table.add_column(head, justify="right" if index in numeric else "left", no_wrap=True, overflow="ellipsis")
     for cells, style in rows:
         table.add_row(*(Text(terminal_text(cell, 60)) for cell in cells), style=style)
     return table

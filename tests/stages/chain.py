@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -24,6 +24,7 @@ from stages.data.splits import DataSplits, Example, digest_of_content, fingerpri
 from tests.models.tiny import WORDS, image_backbone, saved_checkpoint, text_backbone
 from tests.stages.small_run import artifact_of
 
+Made = TypeVar("Made")
 LABELS = ("a", "b", "c")
 SAMPLES = 48
 
@@ -65,8 +66,19 @@ def context_of(
     return StageContext(output, output, inputs, task, backbone, data, 0, "cpu", 2, log, QuietProgress())
 
 
-@functools.cache
-def made(task: Task = "image-classification") -> dict[str, Artifact]:
+def once_per_task(make: Callable[[Task], Made]) -> Callable[..., Made]:
+    """Call `make` once for each task, images by default (to `functools.cache` a default is another key)."""
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def made_once(task: Task = "image-classification") -> Made:
+        return cached(task)
+
+    return made_once
+
+
+@once_per_task
+def made(task: Task) -> dict[str, Artifact]:
     """merge-lora, export (fp32, fp16) and quantize (matrix products in INT8) of a tiny random network."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -88,8 +100,8 @@ def made(task: Task = "image-classification") -> dict[str, Artifact]:
     return artifacts
 
 
-@functools.cache
-def validated(task: Task = "image-classification") -> dict[str, Artifact]:
+@once_per_task
+def validated(task: Task) -> dict[str, Artifact]:
     """The same with validate's artifact."""
     from stages.validate import Validate, ValidateConfig
 
@@ -101,6 +113,17 @@ def validated(task: Task = "image-classification") -> dict[str, Artifact]:
     result = Validate().run(context_of(folder, made(task), task), config)
     assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]
     return made(task) | {"validate": artifact_of("validate", folder)}
+
+
+@once_per_task
+def packed(task: Task) -> Path:
+    """The folder of package's artifact: `bundle/` and `tiny.tar`. To be copied, not changed."""
+    from stages.package import Package, PackageConfig
+
+    folder = temporary_folder()
+    result = Package().run(context_of(folder, validated(task), task), PackageConfig(name="tiny", include="all-passed"))
+    assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]
+    return folder
 
 
 def temporary_folder() -> Path:

@@ -1,0 +1,208 @@
+"""Whole runs of a tiny project through the console script: exit codes, resuming, what a change re-runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.report import validate_run
+from stages import STAGES
+from tests.pipeline.tiny_project import command, environment, make_project, pipeline
+
+RUN = Path("runs/pipeline")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a finished run. To be copied, not changed."""
+    folder = make_project(tmp_path_factory.mktemp("project"))
+    done = pipeline("all", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Standard output is the record and nothing else: what `jq` is fed with.
+    assert validate_run(json.loads(done.stdout)) == []
+    return folder
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the project and its run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "project"))
+
+
+def record_of(project: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((project / RUN / "run.json").read_text(encoding="utf-8"))
+    return found
+
+
+def plan_of(project: Path, *options: str) -> dict[str, str]:
+    """Stage → why it would run, empty where it is fresh."""
+    done = pipeline("all", "--dry-run", "--json", *options, cwd=project)
+    assert done.returncode == 0, done.stderr
+    return {one["stage"]: "" if one["fresh"] else one["reason"] for one in json.loads(done.stdout)}
+
+
+def digests_of(project: Path) -> dict[str, str]:
+    """Stage → digest of its artifact, for the stages that measure no time."""
+    stages = ("finetune", "merge-lora", "export", "quantize")
+    manifests = {name: json.loads((project / RUN / name / "manifest.json").read_text()) for name in stages}
+    return {name: json.dumps(manifest["files"], sort_keys=True) for name, manifest in manifests.items()}
+
+
+def test_a_copied_run_is_fresh_wherever_it_lies(project: Path) -> None:
+    assert set(plan_of(project).values()) == {""}
+
+
+def test_force_runs_what_is_fresh(project: Path) -> None:
+    assert set(plan_of(project, "--force").values()) - {""}
+    done = pipeline("export", "--force", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "export     runs: --force" in done.stderr
+    # The same bytes again: nothing that follows runs.
+    assert set(plan_of(project).values()) == {""}
+
+
+def test_another_label_reruns_what_reads_that_split(project: Path) -> None:
+    (project / "photos/test/red/002.png").rename(project / "photos/test/green/002.png")
+    plan = plan_of(project)
+    assert [name for name, reason in plan.items() if reason] == ["validate", "package"]
+    assert "data.test changed" in plan["validate"]
+    (project / "photos/train/red/002.png").rename(project / "photos/train/green/002.png")
+    assert all(plan_of(project).values())
+
+
+def test_another_weight_of_the_backbone_reruns_everything(project: Path) -> None:
+    from tests.models.tiny import edit_json
+
+    edit_json(project / "backbone/model.json", labels=["x", "y", "z"])
+    plan = plan_of(project)
+    assert all(plan.values()) and "backbone.weights changed" in plan["finetune"]
+
+
+def test_exit_1_keeps_everything_to_look_at(project: Path) -> None:
+    done = pipeline("all", "--set", "validate.gates.max_size_bytes=10", cwd=project)
+    assert done.returncode == 1
+    assert "gate size failed for onnx-fp32" in done.stderr
+    record = record_of(project)
+    statuses = {stage["name"]: stage["status"] for stage in record["stages"]}
+    assert record["status"] == "gate-failed" and statuses["validate"] == "gate-failed"
+    assert statuses["package"] != "ran"
+    assert "Not shipped" in (project / RUN / "report.md").read_text(encoding="utf-8")
+    cases = ElementTree.parse(project / RUN / "junit.xml").getroot()
+    assert cases.findall(".//failure")
+    again = pipeline("all", "--set", "validate.gates.max_size_bytes=10", cwd=project)
+    assert again.returncode == 1  # fresh, and still a failure
+
+
+def test_exit_4_names_the_corrupt_image_and_skip_goes_on(project: Path) -> None:
+    bad = project / "photos/test/red/002.png"
+    bad.write_bytes(b"no image")
+    done = pipeline("all", cwd=project)
+    assert done.returncode == 4
+    assert "photos/test/red/002.png" in done.stderr and "data.on_error: skip" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [name for name, why in plan_of(project, "--set", "data.on_error=skip").items() if why] == [
+        "validate",
+        "package",
+    ]
+
+
+def test_from_and_until(project: Path) -> None:
+    done = pipeline("all", "--from", "export", "--until", "quantize", "--force", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stderr.splitlines() if " runs: " in line] == ["export", "quantize"]
+
+
+def test_quiet_says_nothing(project: Path) -> None:
+    done = pipeline("all", "--quiet", cwd=project)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_two_runs_on_one_folder_do_not_mix(project: Path) -> None:
+    first = subprocess.Popen(command("all", "--force"), cwd=project, stderr=subprocess.DEVNULL, env=environment())
+    try:
+        wait_for(project / RUN / ".scratch/finetune")
+        second = pipeline("all", "--force", cwd=project)
+        assert second.returncode == 2
+        assert "another run is at work in this folder" in second.stderr
+        assert first.wait(300) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert set(plan_of(project).values()) == {""}
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def interrupted(project: Path, signal_number: int, after: Path) -> subprocess.Popen[str]:
+    """`pipeline all` in a new folder, stopped by a signal once `after` is there."""
+    process = subprocess.Popen(command("all"), cwd=project, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        wait_for(project / RUN / after)
+        process.send_signal(signal_number)
+        process.wait(120)
+    finally:
+        process.kill()
+    return process
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_exit_130_and_the_next_run_resumes(finished: Path, project: Path, signal_number: int) -> None:
+    shutil.rmtree(project / RUN)
+    process = interrupted(project, signal_number, Path("finetune/manifest.json"))
+    assert process.returncode == 130
+    assert process.stderr is not None and "the same command goes on from here" in process.stderr.read()
+    assert record_of(project)["status"] == "interrupted"
+    done = pipeline("all", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "finetune   fresh" in done.stderr
+    assert digests_of(project) == digests_of(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kill_at_any_moment_leaves_a_state_that_resumes(finished: Path, project: Path) -> None:
+    """SIGKILL at growing moments of one and the same run; what comes out in the end is what comes out undisturbed."""
+    shutil.rmtree(project / RUN)
+    killed = 0
+    for step in range(20):
+        process = subprocess.Popen(command("all"), cwd=project, stderr=subprocess.DEVNULL, env=environment())
+        try:
+            process.wait(3.0 + 2.3 * step)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            check_no_torn_artifact(project)
+            continue
+        break
+    assert process.returncode == 0 and killed >= 3
+    assert digests_of(project) == digests_of(finished)
+    with_run = sorted(path.name for path in (project / RUN).iterdir())
+    assert set(STAGES) <= set(with_run)
+
+
+def check_no_torn_artifact(project: Path) -> None:
+    """Whatever is there under a stage's name is whole, and whatever report is there can be read."""
+    from stages.artifact import read_artifact, verify_files
+
+    for name in STAGES:
+        folder = project / RUN / name
+        if folder.exists():
+            artifact = read_artifact(name, folder)
+            assert artifact is not None and verify_files(artifact) == ""
+    if (project / RUN / "run.json").exists():
+        assert validate_run(record_of(project)) == []
