@@ -289,8 +289,7 @@ def run(arguments: list[str] | None = None) -> int:
         typer.echo(f"error: the package {error.name!r} is not installed; `pipeline doctor` has the line", err=True)
         return MissingCapabilityError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        return EXIT_INTERRUPTED
+        result = EXIT_INTERRUPTED
     except typer_usage_errors() as error:
         error.show()
         return ConfigError.exit_code
@@ -298,6 +297,8 @@ def run(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         typer.echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)
         return PipelineError.exit_code
+    if result == EXIT_INTERRUPTED:  # typer itself turns an interrupt into this code, without a word
+        typer.echo("interrupted; the same command goes on from here", err=True)
     return result if isinstance(result, int) else 0
 
 

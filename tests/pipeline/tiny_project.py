@@ -1,4 +1,4 @@
-"""A project as a user has it, but tiny: a configuration, a backbone in a folder, images in folders by split and label."""
+"""A project as a user has it, but tiny: a configuration, a backbone in a folder, images by split and label."""
 
 from __future__ import annotations
 
