@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,11 +15,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from models.errors import ConfigError, Problem
+from models.modalities import MODALITY_OF_TASK
 from models.registry import resolve
 from models.spec import BackboneSpec, Task
 from stages import section_of
 from stages.base import StageConfig
 from stages.data.config import DataConfig
+from stages.data.sources import check_source
 from stages.export import ExportConfig
 from stages.finetune import FinetuneConfig
 from stages.merge_lora import MergeLoraConfig
@@ -75,7 +78,7 @@ def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfi
         if problem:
             problems.append(problem)
         else:
-            lines.setdefault(tuple(setting.split("=", 1)[0].split(".")), f"--set {setting}")
+            lines[tuple(setting.split("=", 1)[0].split("."))] = f"--set {setting}"
     config: PipelineConfig | None = None
     try:
         config = PipelineConfig.model_validate(values)
@@ -83,14 +86,25 @@ def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfi
         problems += problems_from_validation(error, lines, str(file))
     spec: BackboneSpec | None = None
     if isinstance(values.get("backbone"), str):
-        try:
+        with collected(problems, lines, file, "backbone"):
             spec = resolve(values["backbone"])
-        except ConfigError as error:
-            place = lines.get(("backbone",), str(file))
-            problems += [Problem(f"{place} backbone", item.message, item.hint) for item in error.problems]
+    data, modality = values.get("data"), MODALITY_OF_TASK.get(str(values.get("task")))
+    if modality and isinstance(data, dict) and isinstance(data.get("source"), str):
+        with collected(problems, lines, file, "data", "source"):
+            check_source(data["source"], modality)
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec
+
+
+@contextmanager
+def collected(problems: list[Problem], lines: Mapping[tuple[str, ...], str], file: Path, *path: str) -> Iterator[None]:
+    """Add what a look beyond the file finds to the other problems, with the place of the key."""
+    try:
+        yield
+    except ConfigError as error:
+        place = f"{place_of(path, lines, str(file))} {'.'.join(path)}"
+        problems += [Problem(place, item.message, item.hint) for item in error.problems]
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:

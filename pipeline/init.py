@@ -14,8 +14,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from models.errors import ConfigError, Problem
+from models.modalities import MODALITY_OF_TASK
 from models.registry import resolve
 from pipeline.config import PipelineConfig, fields_by_key, is_model, problems_from_validation
+from stages.data.sources import check_source
 
 
 def write_config(output: Path, task: str, backbone: str, data: str, force: bool) -> None:
@@ -31,10 +33,14 @@ def write_config(output: Path, task: str, backbone: str, data: str, force: bool)
         PipelineConfig.model_validate({"task": task, "backbone": backbone, "data": {"source": data}})
     except ValidationError as error:
         problems += problems_from_validation(error, {}, "--")
-    try:
-        resolve(backbone)
-    except ConfigError as error:
-        problems += [Problem("--backbone", item.message, item.hint) for item in error.problems]
+    for option, look in (
+        ("--backbone", lambda: resolve(backbone)),
+        ("--data", lambda: check_source(data, MODALITY_OF_TASK.get(task, "image"))),
+    ):
+        try:
+            look()
+        except ConfigError as error:
+            problems += [Problem(option, item.message, item.hint) for item in error.problems]
     if problems:
         raise ConfigError(problems)
     text = "\n".join(config_lines(task, backbone, data)) + "\n"

@@ -103,7 +103,8 @@ class Package:
             "models": list(models),
             "golden_samples": len(golden["samples"]),
         }
-        note = f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB with {', '.join(models)}; {gate.message}"
+        note = f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB with {', '.join(models)}"
+        note += "; digests and golden samples verified" if gate.passed else f"; {gate.message}"
         return StageResult((gate,), measurements, (note,))
 
 

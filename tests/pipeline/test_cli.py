@@ -10,13 +10,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from tests.pipeline.tiny_project import pipeline
+
 HEAVY = ("torch", "transformers", "timm", "peft", "onnx", "onnxruntime", "numpy", "pydantic", "sklearn", "datasets")
-
-
-def pipeline(*arguments: str, cwd: Path | None = None, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the console script of this environment."""
-    script = Path(sys.executable).with_name("pipeline")
-    return subprocess.run([script, *arguments], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 def test_help_loads_no_heavy_library() -> None:
@@ -114,6 +110,26 @@ def test_init_then_dry_run(tmp_path: Path) -> None:
     plan = json.loads(pipeline("all", "--dry-run", "--json", "--until", "export", cwd=tmp_path).stdout)
     assert [item["stage"] for item in plan] == ["finetune", "merge-lora", "export"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_init_asks_on_a_terminal(tmp_path: Path) -> None:
+    import os
+    import pty
+
+    answers = ("image-classification", "timm:tf_efficientnet_lite0", "demo:fashion-mnist")
+    master, slave = pty.openpty()
+    script = Path(sys.executable).with_name("pipeline")
+    process = subprocess.Popen([script, "init"], cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    os.write(master, "".join(f"{answer}\n" for answer in answers).encode())
+    assert process.wait(60) == 0, os.read(master, 10_000)
+    os.close(master)
+    text = (tmp_path / "pipeline.yaml").read_text(encoding="utf-8")
+    assert all(answer in text for answer in answers)
+    done = pipeline("init", "--task", "x", "--backbone", "y", "--data", "z", cwd=tmp_path)
+    assert done.returncode == 2  # the file exists, and three wrong answers: all listed
+    assert done.stderr.count("\n  ") == 4 and "exists" in done.stderr, done.stderr
+    assert (tmp_path / "pipeline.yaml").read_text(encoding="utf-8") == text
 
 
 def test_a_single_stage_without_its_input_says_what_to_run(tmp_path: Path) -> None:

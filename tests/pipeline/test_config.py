@@ -42,6 +42,15 @@ def test_an_unknown_backbone_is_listed_beside_the_other_mistakes(tmp_path: Path)
     assert "did you mean 'seed'" in str(caught.value)
 
 
+def test_data_that_is_not_there_is_listed_beside_the_other_mistakes(tmp_path: Path) -> None:
+    text = GOOD.replace("demo:fashion-mnist", "demo:fashion-mnits") + "sead: 1\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    problems = [str(problem) for problem in caught.value.problems]
+    assert len(problems) == 2
+    assert any("yaml:4 data.source" in one and "did you mean demo:fashion-mnist?" in one for one in problems)
+
+
 def test_missing_keys_say_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"backbone: is missing \(timm:<name>"):
         load_config(write(tmp_path, "task: image-classification\ndata:\n  source: demo:fashion-mnist\n"))
@@ -57,6 +66,8 @@ def test_settings_override_the_file_and_are_named_when_wrong(tmp_path: Path) -> 
     assert (config.finetune.epochs, config.seed) == (9, 4)
     with pytest.raises(ConfigError, match="--set finetune.epochs=many"):
         load_config(write(tmp_path, GOOD), ["finetune.epochs=many"])
+    with pytest.raises(ConfigError, match="--set backbone=timm:none"):  # not the line of the file that it overrides
+        load_config(write(tmp_path, GOOD), ["backbone=timm:none"])
     with pytest.raises(ConfigError, match="not of the form"):
         load_config(write(tmp_path, GOOD), ["nonsense"])
 

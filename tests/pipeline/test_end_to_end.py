@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,9 @@ import pytest
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
 from stages import STAGES
+from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-
-def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the console script of this environment, without a hub."""
-    script = Path(sys.executable).with_name("pipeline")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([script, *arguments], capture_output=True, text=True, env=environment, timeout=1400)
 
 
 @pytest.fixture(scope="module", params=["vision", "text"])
@@ -90,21 +81,50 @@ def test_the_bundle_verifies_and_predicts(finished: tuple[str, Path]) -> None:
     for bundle in (folder / "package/bundle", *(folder / "package").glob("*.tar")):
         done = pipeline("verify", str(bundle))
         assert done.returncode == 0, done.stdout + done.stderr
-    golden = folder / "package/bundle/golden"
-    samples = json.loads((golden / "golden.json").read_text(encoding="utf-8"))["samples"]
-    inputs = [item["text"] if name == "text" else str(golden / item["file"]) for item in samples]
-    rows = json.loads(pipeline("predict", str(folder / "package/bundle"), *inputs, "--json").stdout)
+    bundle = folder / "package/bundle"
+    samples = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["golden"]["samples"]
+    files = [bundle / item["file"] for item in samples]
+    inputs = [file.read_text(encoding="utf-8") if name == "text" else str(file) for file in files]
+    rows = json.loads(pipeline("predict", str(bundle), *inputs, "--json").stdout)
     right = sum(row["label"] == item["label"] for row, item in zip(rows, samples, strict=True))
-    assert right >= len(samples) * 0.5
+    assert right >= 5  # of 8; eight at random of ten classes have 5 right once in 2,000 tries
 
 
-def test_pretrained_beats_scratch(finished: tuple[str, Path], tmp_path: Path) -> None:
+def test_transfer_pays(finished: tuple[str, Path], tmp_path: Path) -> None:
+    """On the held-out test images: far above the same network from scratch, and not below the frozen probe."""
     name, folder = finished
     if name != "vision":
-        pytest.skip("the scratch baseline is stated for images")
-    scratch = ("finetune.strategy=full", "finetune.from_scratch=true", "finetune.initial_head=random")
-    settings = [part for setting in scratch for part in ("--set", setting)]
-    done = pipeline("finetune", "-c", str(RECIPES / "vision.yaml"), "--run-dir", str(tmp_path / "scratch"), *settings)
+        pytest.skip("the baselines are stated for images")
+    scratch = finetuned(tmp_path / "scratch", strategy="full", from_scratch="true", initial_head="random")
+    probe = finetuned(tmp_path / "probe", strategy="feature-extraction")
+    adapted = test_accuracy(folder / "merge-lora/checkpoint")
+    assert adapted >= test_accuracy(scratch) + 0.1
+    assert adapted >= test_accuracy(probe)
+
+
+def finetuned(folder: Path, **settings: str) -> Path:
+    """The checkpoint of the vision recipe trained in another way; whether its gates passed does not matter here."""
+    options = [part for key, value in settings.items() for part in ("--set", f"finetune.{key}={value}")]
+    done = pipeline("finetune", "-c", str(RECIPES / "vision.yaml"), "--run-dir", str(folder), *options)
     assert done.returncode in (0, 1), done.stderr[-2000:]
-    adapted = measured(folder, "finetune")["validation_accuracy"]
-    assert adapted >= measured(tmp_path / "scratch", "finetune")["validation_accuracy"] + 0.1
+    return folder / "finetune/checkpoint"
+
+
+def test_accuracy(folder: Path) -> float:
+    """Accuracy of a checkpoint on the test split, in PyTorch."""
+    from models.checkpoint import load_checkpoint
+    from models.runtimes.torch_eager import TorchEager
+    from pipeline.config import load_config
+    from pipeline.progress import QuietProgress
+    from stages.data.load import load_data
+    from stages.inputs import predict_logits
+
+    config, _ = load_config(RECIPES / "vision.yaml")
+    examples = load_data(config.data, config.task)["test"]
+    checkpoint = load_checkpoint(folder)
+    with TorchEager(checkpoint.model, checkpoint.spec.io) as runtime:
+        logits = predict_logits(runtime, checkpoint.processing, examples, 64, QuietProgress(), "test")
+    return float((logits.argmax(1) == [one.label for one in examples]).mean())
+
+
+test_accuracy.__test__ = False  # type: ignore[attr-defined]

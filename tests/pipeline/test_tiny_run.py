@@ -140,6 +140,28 @@ def test_two_runs_on_one_folder_do_not_mix(project: Path) -> None:
     assert set(plan_of(project).values()) == {""}
 
 
+@pytest.mark.parametrize(
+    ("path", "kind", "parts"),
+    [
+        ("", "run", ["Ready to ship", "merge-lora"]),
+        ("merge-lora", "artifact", ["checkpoint/model.safetensors", "merged equals adapted", "files_intact: yes"]),
+        ("package/bundle", "bundle", ["chosen", "golden"]),
+        ("package/backbone-image-classification.tar", "bundle", ["chosen", "golden"]),
+    ],
+)
+def test_show_tells_lineage_numbers_and_gates(finished: Path, path: str, kind: str, parts: list[str]) -> None:
+    done = pipeline("show", str(RUN / path), cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert [part for part in parts if part not in done.stdout] == []
+    assert json.loads(pipeline("show", str(RUN / path), "--json", cwd=finished).stdout)["kind"] == kind
+
+
+def test_show_says_which_file_was_touched(project: Path) -> None:
+    (project / RUN / "export/onnx-fp16.onnx").write_bytes(b"")
+    found = json.loads(pipeline("show", str(RUN / "export"), "--json", cwd=project).stdout)
+    assert found["files_intact"] == "onnx-fp16.onnx has changed"
+
+
 def wait_for(path: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from models.errors import ConfigError, DataError, Problem
 from stages.data.config import DataConfig
 from stages.data.sources.base import Source, nearest
-from stages.data.sources.from_demo import DEMOS, read_demo
+from stages.data.sources.from_demo import DEMOS, check_demo, read_demo
 from stages.data.sources.from_folder import read_folder
 from stages.data.sources.from_hub import read_hub
 from stages.data.sources.from_table import TABLE_SUFFIXES, read_table
@@ -22,6 +22,7 @@ def read_source(config: DataConfig, modality: str) -> Source:
         DataError: it cannot be read as labelled examples.
         MissingCapabilityError: a hub data set cannot be had here.
     """
+    check_source(config.source, modality)
     prefix, _, name = config.source.partition(":")
     if prefix == "demo":
         return read_demo(name, modality)
@@ -29,13 +30,24 @@ def read_source(config: DataConfig, modality: str) -> Source:
         return read_hub(name, config, modality)
     path = Path(os.path.expanduser(config.source))
     try:
-        if path.is_dir():
-            return read_folder(path, modality)
-        if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-            return read_table(path, config, modality)
+        return read_folder(path, modality) if path.is_dir() else read_table(path, config, modality)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
-    raise ConfigError([unknown_source(config.source, path)])
+
+
+def check_source(source: str, modality: str) -> None:
+    """Whether there is something of a known kind; a look that reads no example and asks no hub.
+
+    Raises:
+        ConfigError: the source is not there, or of no known kind.
+    """
+    prefix, _, name = source.partition(":")
+    if prefix == "demo":
+        check_demo(name, modality)
+        return
+    path = Path(os.path.expanduser(source))
+    if prefix != "hf" and not path.is_dir() and not (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES):
+        raise ConfigError([unknown_source(source, path)])
 
 
 def unknown_source(source: str, path: Path) -> Problem:

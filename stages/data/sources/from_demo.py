@@ -23,8 +23,8 @@ FASHION_LABELS = (
 )  # fmt: skip
 
 
-def read_demo(name: str, modality: str) -> Source:
-    """An embedded data set, with its own splits. Raises `ConfigError` for an unknown name or another modality."""
+def check_demo(name: str, modality: str) -> None:
+    """Raises `ConfigError` for an unknown name or another modality."""
     if name not in DEMOS:
         near = nearest(name, DEMOS)
         hint = f"did you mean demo:{near}?" if near else f"there are {', '.join(f'demo:{one}' for one in DEMOS)}"
@@ -33,6 +33,10 @@ def read_demo(name: str, modality: str) -> Source:
         fitting = ", ".join(f"demo:{one}" for one, kind in DEMOS.items() if kind == modality)
         message = f"demo:{name} holds {DEMOS[name]}s, the task wants {modality}s"
         raise ConfigError([Problem("data.source", message, f"take {fitting}, or change the task")])
+
+
+def read_demo(name: str, modality: str) -> Source:
+    """An embedded data set, with its own splits. The name is one that `check_demo` passed."""
     return Source(tuple(demo_texts(name) if modality == "text" else demo_images(name)))
 
 
