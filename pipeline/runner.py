@@ -52,6 +52,9 @@ StageStatus = Literal["ran", "fresh", "failed", "gate-failed", "interrupted", "n
 SCRATCH = ".scratch"
 LOCK = ".lock"
 CODE_FOLDERS = ("stages", "models")
+NEARLY_FULL_BYTES = 256 * 2**10
+"""With less than this left, any failure is put down to the disk: onnx's shape inference writes half a file without a
+word, and what reads it then says that it is corrupt (onnx 1.23)."""
 
 
 @dataclass(frozen=True)
@@ -190,18 +193,16 @@ class Runner:
             PipelineError: a stage failed; the artifacts of the stages before it stay.
         """
         with lock_folder(self.run_dir):
-            status: RunStatus = "failed"
             try:
                 self.check_upstream(names)
                 status = self.run_stages(names)
-            except KeyboardInterrupt:
-                status = "interrupted"
+            except BaseException as error:
+                try:
+                    self.write_run("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                except StageError as second:
+                    self.log.error("%-10s %s", "", second)  # the first error is the one to report
                 raise
-            finally:
-                if any(entry.status not in ("not-run", "fresh") for entry in self.entries.values()) or not (
-                    (self.run_dir / "run.json").exists() and (self.run_dir / "report.html").exists()
-                ):
-                    self.write_run(status)
+            self.write_run(status)
             return status
 
     def run_stages(self, names: Sequence[str]) -> RunStatus:
@@ -271,6 +272,7 @@ class Runner:
             raise
         except PipelineError as error:
             entry.error = str(error)
+            shutil.rmtree(output, ignore_errors=True)
             raise
         entry.artifact = read_artifact(stage.name, self.run_dir / stage.name)
         entry.status = "ran"
@@ -355,9 +357,12 @@ class Runner:
         }
 
     def write_run(self, status: RunStatus) -> None:
-        """Write `run.json`, `report.html`, `report.md` and `junit.xml`."""
+        """Write `run.json`, `report.html`, `report.md` and `junit.xml`, unless nothing has changed since they were."""
         from pipeline.report import write_reports
 
+        reported = (self.run_dir / "run.json").exists() and (self.run_dir / "report.html").exists()
+        if reported and all(entry.status in ("not-run", "fresh") for entry in self.entries.values()):
+            return
         record = self.run_record(status)
         with translated_system_errors("report", self.run_dir):
             write_json(self.run_dir / "run.json", record)
@@ -437,11 +442,31 @@ def translated_system_errors(stage: str, run_dir: Path) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise StageError(f"{stage}: out of memory; try a smaller batch size or image size") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
+    except Exception as error:
+        free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
+        if is_full_disk(error) or free < NEARLY_FULL_BYTES:
             raise StageError(
-                f"{stage}: the disk is full ({free / 1e6:.0f} MB free at {run_dir}); nothing was committed. "
-                "Free some space or name another --run-dir; the next run resumes here."
+                f"{stage}: the disk is full ({free / 1e6:.1f} MB free at {run_dir}); nothing was committed. "
+                f"Free some space or name another --run-dir; the next run resumes here. What failed: {error}"
             ) from error
-        raise StageError(f"{stage}: {os.strerror(error.errno) if error.errno else error}: {error}") from error
+        if isinstance(error, OSError):
+            raise StageError(f"{stage}: {os.strerror(error.errno) if error.errno else error}: {error}") from error
+        raise
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, is a full disk: each library that writes has its own words for it.
+
+    safetensors raises `SafetensorError` ("No space left on device"), torch.save `RuntimeError` ("file write
+    failed"), numpy an `OSError` without a number ("… requested and … written").
+    """
+    while error is not None:
+        words = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "No space left on device" in words or "file write failed" in words:
+            return True
+        if " requested and " in words and " written" in words:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

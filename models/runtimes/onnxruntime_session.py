@@ -45,6 +45,7 @@ class OnnxRuntimeSession:
         if self.provider != CPU:
             # Without this ONNX Runtime falls back to the CPU in silence.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            onnxruntime.preload_dlls(directory="")  # CUDA and cuDNN of the nvidia-* packages, as PyTorch finds them
         try:
             self.session = onnxruntime.InferenceSession(str(self.model), options, providers=[self.provider])
         except onnxruntime_errors() as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +135,11 @@ class Quantize:
         candidates: list[Candidate] = []
         samples = len(context.data["validation"])
         if config.schemes:
-            with tempfile.TemporaryDirectory(dir=context.resume) as scratch:
-                bench = open_workbench(context, config, Path(scratch))
-                makers = {"int8-dynamic": quantize_dynamically, "int8-static": quantize_statically}
-                candidates = [makers[scheme](bench) for scheme in config.schemes]
+            scratch = context.resume / "graphs"
+            scratch.mkdir(exist_ok=True)
+            bench = open_workbench(context, config, scratch)
+            makers = {"int8-dynamic": quantize_dynamically, "int8-static": quantize_statically}
+            candidates = [makers[scheme](bench) for scheme in config.schemes]
         write_candidates(context.output, candidates)
         measurements = {"candidates": [candidate.summary() for candidate in candidates], "samples": samples}
         gates = (gate_of(candidates, samples),) if candidates else ()

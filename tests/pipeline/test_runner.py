@@ -191,6 +191,7 @@ def test_a_single_stage_refuses_a_stale_input(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.epochs changed from"):
         make_runner(tmp_path, finetune={"epochs": 9}).run(["merge-lora"])
     assert make_runner(tmp_path).run(["merge-lora"]) == "passed"
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "passed"  # the refusal left it alone
 
 
 def test_the_lock_names_the_folder(tmp_path: Path) -> None:

@@ -60,7 +60,6 @@ def test_candidates_inside_the_budget_are_written(tmp_path: Path, task: Task) ->
     static = candidates["onnx-int8-static"]
     assert static["size_bytes"] == (context.output / "onnx-int8-static.onnx").stat().st_size < fp32
     assert static["measurements"]["share_int8_macs"] > 0.5
-    assert not list(context.resume.iterdir())
 
 
 def test_a_network_without_matrix_products_has_nothing_for_the_dynamic_scheme(tmp_path: Path) -> None:
