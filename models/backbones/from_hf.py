@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.backbones.from_timm import weights_error
 from models.errors import ModelError
 from models.modalities.text import TextProcessing, tokenizer_json_of
-from models.modalities.vision import ImageProcessing
+from models.modalities.vision import ImageProcessing, Interpolation
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,8 @@ def make_text_module(config: dict[str, Any]) -> torch.nn.Module:
     return TextBackbone()
 
 
-def make_image_module(config: dict[str, Any], mean: list[float], std: list[float]) -> torch.nn.Module:
-    """A vision encoder that normalises its input itself.
+def make_image_module(config: dict[str, Any], mean: list[float], std: list[float], bgr: bool) -> torch.nn.Module:
+    """A vision encoder that normalises its input itself, and swaps the channels where it was trained on BGR.
 
     Its features are those that its own pooling gives (resnet, swin, convnext, dinov2, …), or the mean of
     the tokens where there is none. `forward` takes `image`: uint8 (batch, height, width, 3) and gives
@@ -60,6 +61,8 @@ def make_image_module(config: dict[str, Any], mean: list[float], std: list[float
 
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             pixels = image.permute(0, 3, 1, 2).to(self.mean.dtype)
+            if bgr:
+                pixels = pixels.flip(1)
             output = self.network(pixel_values=(pixels - self.mean) / self.std)
             pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
             if pooled is not None and not isinstance(getattr(self.network, "pooler", None), torch.nn.Identity):
@@ -132,13 +135,16 @@ def load_hf(
             config.image_size = values["image_size"] = image_size
         refuse_own_code(values, spec.id)
         processing: Processing
+        architecture: dict[str, Any]
         if modality == "text":
             longest = min(max_length or MAX_LENGTH, positions_of(values))
             processing = text_processing(source, revision, longest, values.get("vocab_size"))
             architecture = {"library": "hf", "modality": "text", "config": values}
         else:
-            mean, std, processing = image_processing(source, revision, image_size or values.get("image_size"))
-            architecture = {"library": "hf", "modality": "image", "config": values, "mean": mean, "std": std}
+            prepared = image_preparation(source, revision, image_size, values.get("image_size"))
+            processing = prepared.processing
+            architecture = {"library": "hf", "modality": "image", "config": values, "mean": prepared.mean,
+                            "std": prepared.std, "bgr": prepared.bgr}  # fmt: skip
         module = build_hf(architecture)
         if pretrained:
             load_weights(module, source, revision, config)
@@ -186,7 +192,9 @@ def build_hf(architecture: dict[str, Any]) -> torch.nn.Module:
     """The module with random weights."""
     if architecture["modality"] == "text":
         return make_text_module(architecture["config"])
-    return make_image_module(architecture["config"], architecture["mean"], architecture["std"])
+    return make_image_module(
+        architecture["config"], architecture["mean"], architecture["std"], architecture.get("bgr", False)
+    )
 
 
 def positions_of(config: dict[str, Any]) -> int:
@@ -217,31 +225,84 @@ def text_processing(source: str, revision: str | None, max_length: int, rows: in
     return TextProcessing(tokenizer_json_of(text), max_length, tokenizer.pad_token_id, tokenizer.pad_token)
 
 
-def image_processing(
-    source: str, revision: str | None, size: int | list[int] | None
-) -> tuple[list[float], list[float], ImageProcessing]:
-    """Mean, standard deviation and resize from `preprocessor_config.json`; ImageNet's where there is none."""
+PILLOW_FILTERS: dict[int, Interpolation] = {
+    0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming",
+}  # fmt: skip
+"""Pillow's numbers, which `preprocessor_config.json` uses, as names."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """How an image backbone wants its pixels. `mean` and `std` are for pixels from 0 to 1."""
+
+    mean: list[float]
+    std: list[float]
+    bgr: bool
+    processing: ImageProcessing
+
+
+def image_preparation(
+    source: str, revision: str | None, image_size: int | None, model_size: int | list[int] | None
+) -> ImagePreparation:
+    """What transformers' own image processor would do; ImageNet's values where a model has none.
+
+    `image_size` is the user's choice, `model_size` what the network's configuration says.
+    """
+    values = processor_values(source, revision)
+    crop = side_of(values.get("crop_size")) if values.get("do_center_crop") else None
+    own = model_size[0] if isinstance(model_size, list | tuple) else model_size
+    wanted = values.get("size")
+    size = int(image_size or own or crop or side_of(wanted) or 224)
+    squash = isinstance(wanted, dict) and "height" in wanted and not values.get("do_center_crop")
+    resize = round(size / (values.get("crop_pct") or crop_fraction(values)))
+    processing = ImageProcessing(
+        size, resize, PILLOW_FILTERS.get(values.get("resample", 3), "bicubic"), "squash" if squash else "crop"
+    )
+    mean, std = normalisation(values)
+    return ImagePreparation(mean, std, bool(values.get("do_flip_channel_order")), processing)
+
+
+def processor_values(source: str, revision: str | None) -> dict[str, Any]:
+    """`preprocessor_config.json` with the defaults that its class in transformers fills in; empty without one."""
+    from transformers import AutoImageProcessor
     from transformers.utils import cached_file
 
-    found = cached_file(
-        source, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    values: dict[str, Any] = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
-    pixels = (size[0] if isinstance(size, list | tuple) else size) or 224
-    mean = values.get("image_mean") or [0.485, 0.456, 0.406]
-    std = values.get("image_std") or [0.229, 0.224, 0.225]
-    crop = values.get("crop_pct") or crop_fraction(values)
-    interpolation = "bilinear" if values.get("resample") == 2 else "bicubic"
-    return list(mean), list(std), ImageProcessing(int(pixels), round(pixels / crop), interpolation)  # type: ignore[arg-type]
+    file = "preprocessor_config.json"
+    if Path(source).is_dir():
+        found = (Path(source) / file).is_file()
+    else:
+        found = bool(cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False))
+    if not found:
+        return {}
+    processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    values: dict[str, Any] = json.loads(processor.to_json_string())
+    return values
+
+
+def normalisation(values: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, for pixels from 0 to 1, of (pixels · rescale_factor − offset − mean) / std."""
+    factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+    offset = 1.0 if values.get("rescale_offset") else 0.0
+    mean, std = [0.0] * 3, [1.0] * 3
+    if values.get("do_normalize", True):
+        mean = list(values.get("image_mean") or IMAGENET_MEAN)
+        std = list(values.get("image_std") or IMAGENET_STD)
+    if values.get("include_top"):  # transformers' EfficientNet divides by it twice
+        std = [one * other for one, other in zip(std, values.get("image_std") or IMAGENET_STD, strict=True)]
+    unit = factor * 255
+    return [(one + offset) / unit for one in mean], [one / unit for one in std]
+
+
+def side_of(value: Any) -> int | None:
+    """The shorter side that a size in `preprocessor_config.json` names."""
+    if isinstance(value, dict):
+        value = value.get("shortest_edge") or value.get("height")
+    return value if isinstance(value, int) else None
 
 
 def crop_fraction(values: dict[str, Any]) -> float:
     """The side of the crop as a share of the resized shorter side, from a preprocessor's configuration."""
-
-    def side(value: Any) -> int | None:
-        if isinstance(value, dict):
-            value = value.get("shortest_edge") or value.get("height")
-        return value if isinstance(value, int) else None
-
-    crop, resized = side(values.get("crop_size")), side(values.get("size"))
+    crop, resized = side_of(values.get("crop_size")), side_of(values.get("size"))
     return min(1.0, crop / resized) if values.get("do_center_crop") and crop and resized else 1.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from models.errors import ConfigError, MissingCapabilityError, ModelError, Problem
-from models.modalities.vision import ImageProcessing
+from models.modalities.vision import ImageProcessing, Interpolation
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +76,12 @@ def load_timm(
     module = make_module(spec.name, arguments, mean, std)
     if pretrained:
         module.network.load_state_dict(pretrained_state(spec, arguments), strict=True)
-    interpolation: Literal["bicubic", "bilinear"] = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
     resize = math.floor(size / settings["crop_pct"])  # as timm.data.create_transform
+    known = get_args(Interpolation)
+    interpolation: Any = settings["interpolation"] if settings["interpolation"] in known else "bicubic"
+    fit: Literal["crop", "squash"] = "squash" if settings.get("crop_mode") == "squash" else "crop"
     architecture = {"library": "timm", "name": spec.name, "arguments": arguments, "mean": mean, "std": std}
-    return module, architecture, ImageProcessing(size, resize, interpolation)
+    return module, architecture, ImageProcessing(size, resize, interpolation, fit)
 
 
 def size_arguments(name: str, size: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from models.errors import DataError
+from models.errors import DataError, ModelError
 from models.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -25,13 +25,22 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded (decompression bombs)."""
 
 
+Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+"""Pillow's filters; the same filter of another library is another image."""
+
+
 @dataclass(frozen=True)
 class ImageProcessing:
-    """Resize the shorter side to `resize` pixels, then crop the centre to `size` × `size` pixels."""
+    """Make an image `size` × `size` pixels.
+
+    `fit` is `crop` (resize the shorter side to `resize` pixels, then crop the centre) or `squash` (resize
+    both sides, whatever that does to the proportions).
+    """
 
     size: int
     resize: int
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
+    fit: Literal["crop", "squash"] = "crop"
     kind: ClassVar[str] = "image"
 
     @property
@@ -52,10 +61,17 @@ class ImageProcessing:
         from PIL import Image
 
         image = decode_image(content)
-        method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[self.interpolation]
+        method = Image.Resampling[self.interpolation.upper()]
+        if self.fit == "squash":
+            return np.asarray(image.resize((self.size, self.size), method), dtype=np.uint8)
         # Rounded as torchvision does, whose Resize and CenterCrop most pretrained weights have seen.
         shorter = min(image.size)
         width, height = (max(self.size, self.resize * side // shorter) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"an image of {image.width} × {image.height} pixels is too long and thin: at {self.resize} pixels on "
+                f"its shorter side it has {width} × {height}; crop or remove it"
+            )
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         image = image.resize((width, height), method).crop((left, top, left + self.size, top + self.size))
         return np.asarray(image, dtype=np.uint8)
@@ -66,18 +82,22 @@ class ImageProcessing:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], folder: Path) -> ImageProcessing:
-        """The inverse of `save`."""
-        return cls(int(value["size"]), int(value["resize"]), value["interpolation"])
+        """The inverse of `save`. Raises `ModelError` for values of another version."""
+        known = get_args(Interpolation)
+        if value["interpolation"] not in known or value["fit"] not in ("crop", "squash"):
+            found = f"{value['interpolation']!r} and {value['fit']!r}"
+            raise ModelError(f"the preprocessing asks for {found}; expected one of {', '.join(known)}; crop or squash")
+        return cls(int(value["size"]), int(value["resize"]), value["interpolation"], value["fit"])
 
 
 def decode_image(content: Content) -> Image.Image:
-    """A path, encoded bytes or uint8 pixels as an RGB image.
+    """A path, encoded bytes or uint8 pixels as an RGB image, upright, transparent parts on white.
 
     Raises:
-        DataError: it is no image, or a larger one than `MAX_PIXELS`.
+        DataError: it is no image, one of more than 8 bits a channel, or a larger one than `MAX_PIXELS`.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(content, np.ndarray):
         if content.dtype != np.uint8 or not (content.ndim == 2 or (content.ndim == 3 and content.shape[2] == 3)):
@@ -89,6 +109,19 @@ def decode_image(content: Content) -> Image.Image:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{name}: {image.width} × {image.height} pixels are above the limit of {MAX_PIXELS}")
-            return image.convert("RGB")
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip them to 255: a 16-bit photograph becomes white.
+                raise DataError(f"{name}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+            ImageOps.exif_transpose(image, in_place=True)
+            return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: is no image that can be read ({error}); replace or remove it") from error
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image with transparent parts as it looks on white paper: what their pixels hide is at random."""
+    from PIL import Image
+
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")

@@ -11,11 +11,11 @@ from models.errors import DataError
 from models.modalities import MODALITY_OF_TASK
 from models.spec import Task
 from stages.data.config import DataConfig
-from stages.data.readable import ReadableImages
+from stages.data.image_digests import ImageDigests
 from stages.data.sources import read_source
 from stages.data.sources.base import Row, shortened, unicode_problem
-from stages.data.splits import SPLITS, DataSplits, Example, digest_of_content, fingerprint_of
-from stages.data.splitting import Placed, Splits, check_labels_in_train, given_splits, limit, own_splits
+from stages.data.splits import SPLITS, DataSplits, Example, digest_of_text, fingerprint_of
+from stages.data.splitting import Placed, Splits, check_labels_in_train, given_splits, limit, own_splits, shuffled
 
 SMALLEST_CLASS = 2
 """A class needs an example to learn from and one to be judged by."""
@@ -55,7 +55,7 @@ def load_data(config: DataConfig, task: Task) -> DataSplits:
     else:
         splits, split_notes = own_splits(placed, config)
     splits = limited(splits, labels, config)
-    frozen = {name: tuple(splits[name]) for name in SPLITS}
+    frozen = {name: tuple(shuffled(splits[name], config.seed)) for name in SPLITS}
     return DataSplits(
         labels=labels,
         splits=frozen,
@@ -81,7 +81,7 @@ def check_rows(rows: Sequence[Row]) -> tuple[list[Checked], list[str]]:
     """Each row with its digest, and what is wrong with the others."""
     checked: list[Checked] = []
     problems: list[str] = []
-    images = ReadableImages() if any(isinstance(row.content, Path | bytes) for row in rows) else None
+    images = ImageDigests()
     for row in rows:
         try:
             if row.problem:
@@ -89,33 +89,21 @@ def check_rows(rows: Sequence[Row]) -> tuple[list[Checked], list[str]]:
             checked.append(Checked(row, digest_of_row(row, images)))
         except DataError as error:
             problems.append(str(error))
-    if images is not None:
-        images.save()
+    images.save()
     return checked, problems
 
 
-def digest_of_row(row: Row, images: ReadableImages | None) -> str:
-    """SHA-256 of a content. Raises `DataError`, naming the row, where the content cannot be read."""
+def digest_of_row(row: Row, images: ImageDigests) -> str:
+    """SHA-256 of a text, or of an image's pixels. Raises `DataError`, naming the row, where it cannot be read."""
     if isinstance(row.content, str):
         problem = unicode_problem(row.content) or ("" if row.content.strip() else "the text is empty")
         if problem:
             raise DataError(f"{row.origin}: {problem}")
+        return digest_of_text(row.content)
     try:
-        digest = digest_of_content(row.content)
+        return images.digest(row.content)
     except OSError as error:
         raise DataError(f"{row.origin}: cannot be read: {error.strerror}") from error
-    if images is not None and isinstance(row.content, Path | bytes) and digest not in images:
-        check_image(row)
-        images.add(digest)
-    return digest
-
-
-def check_image(row: Row) -> None:
-    """Decode an image. Raises `DataError` that names the row."""
-    from models.modalities.vision import decode_image
-
-    try:
-        decode_image(row.content)
     except DataError as error:
         if isinstance(row.content, Path):
             raise

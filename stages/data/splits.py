@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.base import SplitName
@@ -19,7 +18,10 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "calibration", "test")
 
 @dataclass(frozen=True)
 class Example:
-    """One example. `label` indexes `DataSplits.labels`, `digest` is the SHA-256 of the content, `origin` names it."""
+    """One example. `label` indexes `DataSplits.labels`, `origin` names it for a person.
+
+    `digest` is the SHA-256 of a text, or of an image's decoded pixels.
+    """
 
     content: Content
     label: int
@@ -40,17 +42,9 @@ class DataSplits:
         return self.splits[name]
 
 
-def digest_of_content(content: Content) -> str:
-    """SHA-256 of a text, of encoded bytes, of a file's bytes, or of pixels with their shape."""
-    if isinstance(content, str):
-        data = content.encode()
-    elif isinstance(content, Path):
-        data = content.read_bytes()
-    elif isinstance(content, bytes):
-        data = content
-    else:
-        data = repr((content.shape, str(content.dtype))).encode() + content.tobytes()
-    return hashlib.sha256(data).hexdigest()
+def digest_of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_of(labels: tuple[str, ...], examples: tuple[Example, ...]) -> str:

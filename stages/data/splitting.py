@@ -98,6 +98,15 @@ def rank_of(digest: str, seed: int, purpose: str) -> bytes:
     return hashlib.sha256(f"{seed} {purpose} {digest}".encode()).digest()
 
 
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The examples in a random but reproducible order.
+
+    Sources come sorted by label (folders are read one after the other), and whoever takes the first few of a split,
+    to calibrate or to compare, must see all classes.
+    """
+    return sorted(examples, key=lambda example: rank_of(example.digest, seed, "order"))
+
+
 def limit(examples: Sequence[Example], maximum: int | None, seed: int) -> list[Example]:
     """At most `maximum` examples with the classes in proportion, each class at least once where it fits."""
     if maximum is None or len(examples) <= maximum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -82,6 +83,38 @@ def test_huge_image_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("models.modalities.vision.MAX_PIXELS", 99)
     with pytest.raises(DataError, match="10 × 10 pixels are above the limit of 99"):
         ImageProcessing(16, 16).arrays([png(10, 10)])
+
+
+def test_a_long_thin_image_is_refused_before_it_is_resized() -> None:
+    """1 × 60,000 pixels, its shorter side resized to 256, would be 3.9 billion pixels."""
+    with pytest.raises(DataError, match="too long and thin"):
+        ImageProcessing(224, 256).arrays([np.zeros((60_000, 1, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_more_than_eight_bits_are_refused(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("deep.png" if mode == "I;16" else "deep.tif")
+    Image.new(mode, (4, 4), 30_000).save(path)
+    with pytest.raises(DataError, match=r"deep\.\w+: has more than 8 bits a channel"):
+        ImageProcessing(4, 4).arrays([path])
+
+
+def test_photographs_stand_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0, :, 0] = 255  # a red line on top
+    exif = Image.Exif()
+    exif[0x0112] = 3  # held upside down
+    Image.fromarray(pixels[::-1, ::-1].copy()).save(tmp_path / "photo.png", exif=exif)
+    found = ImageProcessing(4, 4).arrays([tmp_path / "photo.png"])["image"][0]
+    np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white_whatever_they_hide(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 0)).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    assert (ImageProcessing(4, 4).arrays([stream.getvalue()])["image"] == 255).all()
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8), np.zeros(8)])

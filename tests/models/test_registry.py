@@ -250,23 +250,57 @@ def test_hf_images_give_flat_features(config: dict[str, object]) -> None:
     assert not any("pooler" in name for name, _ in loaded.module.named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("values", "resize"),
-    [
-        ({"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, 73),
-        ({"do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": 224}, 64),
-        ({"size": {"height": 224, "width": 224}}, 64),
-        ({"size": {"shortest_edge": 224}, "crop_pct": 0.5}, 128),
-    ],
-)
-def test_hf_preprocessor_is_read(values: dict[str, object], resize: int, tmp_path: Path) -> None:
-    from models.backbones.from_hf import image_processing
+HF_PROCESSORS: dict[str, dict[str, object]] = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}},
+    "vit without normalisation": {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_normalize": False,
+    },
+    "clip": {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 40}, "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32}, "resample": 3,
+    },
+    "mobilevit": {
+        "image_processor_type": "MobileViTImageProcessor", "size": {"shortest_edge": 36}, "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32}, "do_flip_channel_order": True, "do_normalize": False,
+        "resample": 2,
+    },
+    "efficientnet": {
+        "image_processor_type": "EfficientNetImageProcessor", "size": {"height": 32, "width": 32},
+        "rescale_factor": 1 / 127.5, "rescale_offset": True, "include_top": False, "resample": 2,
+    },
+    "efficientnet with top": {
+        "image_processor_type": "EfficientNetImageProcessor", "size": {"height": 32, "width": 32},
+        "image_std": [0.4, 0.5, 0.6],
+    },
+}  # fmt: skip
 
-    values = {**values, "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0], "resample": 2}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    mean, std, processing = image_processing(str(tmp_path), None, 64)
-    assert (mean, std) == ([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])
-    assert processing == ImageProcessing(64, resize, "bilinear")
+
+@pytest.mark.parametrize("name", HF_PROCESSORS)
+def test_hf_preprocessing_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    """What our preprocessing and the network's own normalisation make of a picture, against transformers' processor."""
+    from transformers import AutoImageProcessor
+
+    from models.backbones.from_hf import image_preparation
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(HF_PROCESSORS[name]))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    smooth = np.add.outer(np.arange(60), np.arange(90)).astype(np.uint8)
+    picture = Image.fromarray(np.stack([smooth, 255 - smooth, np.full_like(smooth, 40)], axis=-1))
+    wanted = processor(picture, return_tensors="pt")["pixel_values"][0].numpy()
+    prepared = image_preparation(str(tmp_path), None, None, None)
+    pixels = prepared.processing.pixels(np.asarray(picture)).transpose(2, 0, 1)[:: -1 if prepared.bgr else 1]
+    mean, std = (np.array(one)[:, None, None] for one in (prepared.mean, prepared.std))
+    assert wanted.shape == pixels.shape
+    np.testing.assert_allclose((pixels / 255 - mean) / std, wanted, atol=float(3 / 255 / std.min()))
+
+
+def test_a_size_of_the_users_keeps_the_share_that_is_cropped(tmp_path: Path) -> None:
+    from models.backbones.from_hf import image_preparation
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(HF_PROCESSORS["clip"]))
+    assert image_preparation(str(tmp_path), None, 64, 32).processing == ImageProcessing(64, 80, "bicubic", "crop")
+    (tmp_path / "none").mkdir()
+    assert image_preparation(str(tmp_path / "none"), None, None, 32).processing == ImageProcessing(32, 32)
 
 
 def test_text_features_ignore_padding() -> None:

@@ -20,7 +20,7 @@ from pipeline.progress import QuietProgress
 from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.candidates import Candidate, write_candidates
-from stages.data.splits import DataSplits, Example, digest_of_content, fingerprint_of
+from stages.data.splits import DataSplits, Example, digest_of_text, fingerprint_of
 from tests.models.tiny import WORDS, image_backbone, saved_checkpoint, text_backbone
 from tests.stages.small_run import artifact_of
 
@@ -39,7 +39,8 @@ def test_split(task: Task, samples: int = SAMPLES) -> tuple[Example, ...]:
         for index in range(samples)
     ]
     return tuple(
-        Example(one, index % len(LABELS), digest_of_content(one), f"made/{index}") for index, one in enumerate(contents)
+        Example(one, index % len(LABELS), digest_of_text(f"{task} {index}"), f"made/{index}")
+        for index, one in enumerate(contents)
     )
 
 

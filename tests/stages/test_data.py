@@ -120,7 +120,7 @@ def test_a_plan_of_a_demo_loads_no_heavy_library() -> None:
     code = (
         "import sys; from stages.data.config import DataConfig; from stages.data.load import load_data; "
         "load_data(DataConfig(source='demo:fashion-mnist'), 'image-classification'); "
-        "print([name for name in ('torch', 'datasets', 'pyarrow', 'sklearn', 'PIL') if name in sys.modules])"
+        "print([name for name in ('torch', 'datasets', 'pyarrow', 'sklearn') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -248,14 +248,14 @@ def test_nothing_but_corrupt_images_is_an_error_also_when_skipping(tmp_path: Pat
         load(tmp_path, IMAGES, on_error="skip")
 
 
-def test_a_good_verdict_is_remembered_by_content_only(
+def test_what_was_decoded_is_remembered_by_content_only(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from models.modalities import vision
+    from stages.data import image_digests
 
     folder = image_folder(tmp_path / "images", {"a": 5, "b": 5})
-    decode, calls = vision.decode_image, []
-    monkeypatch.setattr(vision, "decode_image", lambda content: (calls.append(content), decode(content))[1])
+    decode, calls = image_digests.decode_image, []
+    monkeypatch.setattr(image_digests, "decode_image", lambda content: (calls.append(content), decode(content))[1])
     first = load(folder, IMAGES)
     assert len(calls) == 10
     assert load(folder, IMAGES).fingerprints == first.fingerprints
@@ -294,6 +294,27 @@ def test_a_label_of_test_that_is_not_in_train_is_named(tmp_path: Path) -> None:
     image_folder(tmp_path / "test", {"a": 2, "zebra": 2}, first=100)
     with pytest.raises(DataError, match=r"not in train: 'zebra' in test \(.*zebra.*\)\. Train has a, b"):
         load(tmp_path, IMAGES)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp"])
+def test_a_picture_saved_again_in_another_format_is_the_same_picture(tmp_path: Path, suffix: str) -> None:
+    image_folder(tmp_path / "train", {"a": 6, "b": 6})
+    image_folder(tmp_path / "test", {"a": 3, "b": 3}, first=50)
+    with Image.open(tmp_path / "train/a/2.png") as image:
+        image.save(tmp_path / f"test/a/again{suffix}", lossless=True, compress_level=1)
+    assert (tmp_path / f"test/a/again{suffix}").read_bytes() != (tmp_path / "train/a/2.png").read_bytes()
+    with pytest.raises(DataError, match=r"in two splits by content: .*2\.png \(train\) = .*again"):
+        load(tmp_path, IMAGES)
+
+
+def test_the_first_few_of_a_sorted_source_are_of_all_classes(tmp_path: Path) -> None:
+    """Calibration, merging and export take the first examples of a split; folders and tables come sorted by label."""
+    rows = [(f"text {label} {index}", label) for label in "abcd" for index in range(200)]
+    data = load(write_csv(tmp_path / "sorted.csv", rows), TEXTS)
+    for name in SPLITS:
+        assert {example.label for example in data[name][:32]} == {0, 1, 2, 3}
+    assert load(tmp_path / "sorted.csv", TEXTS).fingerprints == data.fingerprints
+    assert load(tmp_path / "sorted.csv", TEXTS, seed=1).fingerprints != data.fingerprints
 
 
 def test_a_leak_is_found_by_content(tmp_path: Path) -> None:
