@@ -1,6 +1,6 @@
 """Backbone ids: `timm:<name>`, `hf:<org>/<repo>@<revision>`, or a local folder.
 
-`resolve` touches neither the network nor torch; `load_backbone` does.
+`resolve` touches neither the network nor torch; `pin` asks the hub for a commit, and `load_backbone` for weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,24 +57,28 @@ def resolve(backbone_id: str) -> BackboneSpec:
     bare = name or prefix
     if "/" in bare and not bare.startswith((".", "/")):
         hint += f"; for the hub write hf:{bare}"
-    elif bare.split(".")[0] in timm_names():
+    elif bare.split(".")[0] in timm_names()[0]:
         hint += f"; for timm write timm:{bare}"
     raise ConfigError([Problem("backbone", f"{backbone_id!r} has no known prefix and is no folder", hint)])
 
 
 def resolve_timm(backbone_id: str, name: str) -> BackboneSpec:
     """A network of timm; its weights come from an installed package or the hub."""
-    packaged = find_packaged(backbone_id)
+    packaged = packaged_spec(backbone_id, "timm", name)
     if packaged:
-        entry, path, version = packaged
-        weights = f"package {entry.distribution}=={version}"
-        return BackboneSpec(backbone_id, "timm", name, None, None, weights, digest_of_file(path))
-    known = timm_names()
-    bare = name.split(".")[0]
+        return packaged
+    known, tags = timm_names()
+    bare, _, tag = name.partition(".")
+    problem = hint = ""
     if bare not in known:
         near = difflib.get_close_matches(bare, sorted(known), 3, 0.6)
+        problem = f"timm has no network {bare!r}"
         hint = f"near names: {', '.join(f'timm:{one}' for one in near)}" if near else "see timm.list_models()"
-        raise ConfigError([Problem("backbone", f"timm has no network {bare!r}", hint)])
+    elif tag and name not in tags and (there := [one for one in sorted(tags) if one.startswith(f"{bare}.")]):
+        problem = f"timm has no weights {tag!r} for {bare}"
+        hint = f"there are {', '.join(f'timm:{one}' for one in there)}"
+    if problem:
+        raise ConfigError([Problem("backbone", problem, hint)])
     return BackboneSpec(backbone_id, "timm", name, None, None, "hub", f"timm:{name}")
 
 
@@ -83,13 +87,70 @@ def resolve_hf(backbone_id: str, name: str) -> BackboneSpec:
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
         raise ConfigError([Problem("backbone", f"{name!r} is no repository", "expected hf:<org>/<repo>@<revision>")])
+    packaged = packaged_spec(backbone_id, "hf", repository)
+    return packaged or BackboneSpec(
+        backbone_id, "hf", repository, revision or None, None, "hub", f"hf:{repository}@{revision or 'main'}"
+    )
+
+
+def packaged_spec(backbone_id: str, library: Literal["timm", "hf"], name: str) -> BackboneSpec | None:
+    """The backbone of an installed package that carries its weights, or None."""
     packaged = find_packaged(backbone_id)
-    if packaged:
-        entry, path, version = packaged
-        weights = f"package {entry.distribution}=={version}"
-        return BackboneSpec(backbone_id, "hf", repository, None, str(path.parent), weights, digest_of_file(path))
-    commit = revision or cached_commit(repository)
-    return BackboneSpec(backbone_id, "hf", repository, commit, None, f"hub @{commit or 'main'}", commit or "main")
+    if packaged is None:
+        return None
+    entry, path, version = packaged
+    folder = str(path.parent) if entry.layout == "hf-folder" else None
+    digest = digest_of_folder(path.parent) if folder else digest_of_file(path)
+    return BackboneSpec(backbone_id, library, name, None, folder, f"package {entry.distribution}=={version}", digest)
+
+
+def check_task(spec: BackboneSpec, task: Task) -> None:
+    """Raises `ConfigError` where it is known without loading anything that the backbone cannot do the task."""
+    own = spec.folder is not None and (Path(spec.folder) / "model.json").is_file()
+    if spec.library == "timm" and not own and MODALITY_OF_TASK[task] != "image":
+        message = f"{spec.id} takes images, the task is {task}"
+        raise ConfigError([Problem("backbone", message, "use an hf: encoder, or change the task")])
+
+
+def pin(spec: BackboneSpec) -> BackboneSpec:
+    """The same backbone with the commit that its hub weights have now; others come back as they are.
+
+    The commit is that of a small file which the hub, or its local cache, gives for the revision asked for. Where
+    neither can be had the backbone stays unpinned: loading it will say so.
+
+    Raises:
+        ConfigError: the hub has no such repository or revision.
+    """
+    if spec.weights != "hub":
+        return spec
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repository = hub_repository(spec)
+    if repository is None:
+        return spec
+    try:
+        file = hf_hub_download(repository, "config.json", revision=spec.revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        asked = f"{repository}@{spec.revision}" if spec.revision else repository
+        hint = "check its name; for a private or gated one log in with `hf auth login`"
+        raise ConfigError(
+            [Problem("backbone", f"the hub has no {asked}, as far as this machine can see", hint)]
+        ) from error
+    except (EntryNotFoundError, OSError):
+        return spec
+    commit = Path(file).parent.name
+    return replace(spec, revision=commit, weights=f"hub {repository} @{commit}", weights_digest=commit)
+
+
+def hub_repository(spec: BackboneSpec) -> str | None:
+    """The repository of the weights; None where timm has none for that name."""
+    if spec.library == "hf":
+        return spec.name
+    import timm
+
+    found = timm.get_pretrained_cfg(spec.name)
+    return found.hf_hub_id if found else None
 
 
 def resolve_folder(backbone_id: str, folder: Path) -> BackboneSpec:
@@ -116,9 +177,9 @@ def resolve_folder(backbone_id: str, folder: Path) -> BackboneSpec:
     if problem:
         raise ConfigError([Problem("backbone", f"{backbone_id}: {problem}", hint)])
     library: Literal["timm", "hf"] = library_of_checkpoint(backbone_id, folder) if own else "hf"
-    names = [*weights, *sorted(folder.glob("*.json"))]
-    digest = hashlib.sha256("".join(digest_of_file(path) for path in names).encode()).hexdigest()
-    return BackboneSpec(backbone_id, library, folder.name, None, str(folder.resolve()), "folder", digest)
+    return BackboneSpec(
+        backbone_id, library, folder.name, None, str(folder.resolve()), "folder", digest_of_folder(folder)
+    )
 
 
 def library_of_checkpoint(backbone_id: str, folder: Path) -> Literal["timm", "hf"]:
@@ -146,11 +207,9 @@ def load_backbone(
 
     modality = MODALITY_OF_TASK[task]
     if spec.folder and (Path(spec.folder) / "model.json").is_file():
-        return from_own_checkpoint(spec, modality, image_size, pretrained)
+        return from_own_checkpoint(spec, modality, image_size, max_length, pretrained)
+    check_task(spec, task)
     if spec.library == "timm":
-        if modality != "image":
-            found = f"{spec.id} takes images, the task is {task}"
-            raise ConfigError([Problem("backbone", found, "use an hf: encoder")])
         module, architecture, processing = load_timm(spec, image_size, pretrained)
     else:
         module, architecture, processing = load_hf(spec, modality, image_size, max_length, pretrained)
@@ -158,20 +217,29 @@ def load_backbone(
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
 
 
-def from_own_checkpoint(spec: BackboneSpec, modality: str, image_size: int | None, pretrained: bool) -> LoadedBackbone:
-    """The backbone inside a checkpoint that this project wrote; its preprocessing stays as it was."""
+def from_own_checkpoint(
+    spec: BackboneSpec, modality: str, image_size: int | None, max_length: int | None, pretrained: bool
+) -> LoadedBackbone:
+    """The backbone inside a checkpoint that this project wrote; its preprocessing stays as it was.
+
+    Raises:
+        ModelError: it is of another modality, or another size or length is asked for.
+    """
     from models.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(Path(str(spec.folder)))
-    if checkpoint.processing.kind != modality:
-        raise ConfigError([Problem("backbone", f"{spec.id} takes {checkpoint.processing.kind}s, not {modality}s")])
-    size = getattr(checkpoint.processing, "size", None)
-    if image_size not in (None, size):
-        hint = f"leave it out or write {size}"
-        raise ConfigError([Problem("finetune.image_size", f"the checkpoint takes {size} px, not {image_size}", hint)])
+    processing = checkpoint.processing
+    if processing.kind != modality:
+        raise ModelError(f"{spec.id} takes {processing.kind}s, the task wants {modality}s")
+    for key, asked, own in (
+        ("image_size", image_size, getattr(processing, "size", None)),
+        ("max_length", max_length, getattr(processing, "max_length", None)),
+    ):
+        if own is not None and asked not in (None, own):
+            raise ModelError(f"the checkpoint was made for {own}, finetune.{key} is {asked}; leave it out")
     architecture = checkpoint.spec.architecture
     module = checkpoint.model.backbone if pretrained else build_backbone(architecture)
-    return LoadedBackbone(module, checkpoint.spec.feature_dim, architecture, checkpoint.processing)
+    return LoadedBackbone(module, checkpoint.spec.feature_dim, architecture, processing)
 
 
 def build_backbone(architecture: dict[str, Any]) -> torch.nn.Module:
@@ -225,23 +293,31 @@ def check_finite(module: torch.nn.Module, name: str) -> None:
 
 
 @cache
-def timm_names() -> frozenset[str]:
-    """The names that timm registers, read from its source: importing timm takes seconds."""
+def timm_names() -> tuple[frozenset[str], frozenset[str]]:
+    """The names that timm registers, and the names with a tag that it has weights for.
+
+    Read from its source: importing timm takes seconds. Some networks make their tags up as they go: those have none
+    here.
+    """
     found = find_spec("timm")
-    if found is None or not found.submodule_search_locations:
-        return frozenset()
     names: set[str] = set()
-    for file in (Path(found.submodule_search_locations[0]) / "models").glob("*.py"):
-        names.update(re.findall(r"@register_model\s+def (\w+)\(", file.read_text(encoding="utf-8")))
-    return frozenset(names)
+    tags: set[str] = set()
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for file in (Path(folder) / "models").glob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            names.update(re.findall(r"@register_model\s+def (\w+)\(", text))
+            tags.update(re.findall(r"""["'](\w+\.\w+)["']\s*:""", text))
+    return frozenset(names), frozenset(tags)
 
 
-def cached_commit(repository: str) -> str | None:
-    """The commit that `main` of a repository has in the local hub cache, or None."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+TEXT_SUFFIXES = (".json", ".txt", ".model")
+"""Configuration and tokenizer files beside the weights: vocab.txt, merges.txt, sentencepiece models."""
 
-    reference = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / "main"
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+def digest_of_folder(folder: Path) -> str:
+    """SHA-256 over the names and digests of the files that decide what a backbone and its tokenizer are."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", *TEXT_SUFFIXES)]
+    return hashlib.sha256("".join(f"{path.name} {digest_of_file(path)}\n" for path in files).encode()).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from models.errors import ConfigError, Problem
 from models.modalities import MODALITY_OF_TASK
-from models.registry import resolve
+from models.registry import check_task, resolve
 from models.spec import BackboneSpec, Task
 from stages import section_of
 from stages.base import StageConfig
@@ -88,6 +88,8 @@ def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfi
     if isinstance(values.get("backbone"), str):
         with collected(problems, lines, file, "backbone"):
             spec = resolve(values["backbone"])
+            if config is not None:
+                check_task(spec, config.task)
     data, modality = values.get("data"), MODALITY_OF_TASK.get(str(values.get("task")))
     if modality and isinstance(data, dict) and isinstance(data.get("source"), str):
         with collected(problems, lines, file, "data", "source"):

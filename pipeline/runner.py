@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import json
 import logging
 import os
 import shutil
@@ -21,12 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.errors import ConfigError, PipelineError, Problem, StageError
+from models.registry import pin
 from models.spec import BackboneSpec
 from pipeline.config import PipelineConfig
 from pipeline.machine import (
     REPORTED_PACKAGES,
     describe_hardware,
     peak_memory_bytes,
+    processor_name,
     reset_peak_memory,
     resolve_device,
     versions_of,
@@ -36,6 +39,7 @@ from stages.artifact import (
     SCHEMA_VERSION,
     Artifact,
     commit_folder,
+    digest_files,
     digest_of,
     read_artifact,
     sha256_of_file,
@@ -49,6 +53,7 @@ from stages.data.splits import DataSplits
 RunStatus = Literal["passed", "failed", "gate-failed", "interrupted"]
 StageStatus = Literal["ran", "fresh", "failed", "gate-failed", "interrupted", "not-run"]
 
+FRESH = "configuration, inputs, data, versions and files are unchanged"
 SCRATCH = ".scratch"
 LOCK = ".lock"
 CODE_FOLDERS = ("stages", "models")
@@ -107,8 +112,16 @@ class Runner:
 
     @cached_property
     def data(self) -> DataSplits:
-        """The data splits, read once."""
-        return load_data(self.config.data, self.config.task)
+        """The data splits, read once; what was left out of them is said."""
+        data = load_data(self.config.data, self.config.task)
+        for note in data.notes:
+            self.log.warning("%-10s %s", "data", note)
+        return data
+
+    @cached_property
+    def pinned(self) -> BackboneSpec:
+        """The backbone with the commit of its hub weights."""
+        return pin(self.backbone)
 
     @cached_property
     def code_digest(self) -> str:
@@ -130,49 +143,57 @@ class Runner:
             "stage": stage.name,
             "config": self.config.section(stage.name).model_dump(mode="json"),
             "seed": self.config.seed,
+            "threads": self.config.threads,
             "task": self.config.task,
-            "device": self.device,
             "data": {name: self.data.fingerprints[name] for name in stage.splits},
             "packages": versions_of(stage.packages),
             "inputs": {name: artifact.digest for name, artifact in inputs.items()},
             "code": self.code_digest,
         }
+        if "device" in stage.machine:
+            parts["device"] = self.device
+        if "processor" in stage.machine:
+            parts["processor"] = processor_name()
         if not stage.consumes:
-            parts["backbone"] = {"id": self.backbone.id, "weights": self.backbone.weights_digest}
+            parts["backbone"] = {"library": self.pinned.library, "weights": self.pinned.weights_digest}
         return parts
+
+    def stale_reason(self, stage: Stage, inputs: Mapping[str, Artifact]) -> str:
+        """Why what is on disk is not what would be made now; empty where it is."""
+        artifact = read_artifact(stage.name, self.run_dir / stage.name)
+        if artifact is None:
+            return "there is no result yet"
+        parts = self.key_parts(stage, inputs)
+        if artifact.manifest["key"] != digest_of(parts):
+            return describe_change(artifact.manifest["key_parts"], parts)
+        changed = verify_files(artifact)
+        return f"its files were touched: {changed}" if changed else ""
 
     def decide(self, stage: Stage, inputs: Mapping[str, Artifact]) -> Decision:
         """Compare what is on disk with what would be made now."""
-        artifact = read_artifact(stage.name, self.run_dir / stage.name)
-        if artifact is None:
-            return Decision(stage.name, False, "there is no result yet")
-        parts = self.key_parts(stage, inputs)
-        if artifact.manifest["key"] != digest_of(parts):
-            return Decision(stage.name, False, describe_change(artifact.manifest["key_parts"], parts))
-        if changed := verify_files(artifact):
-            return Decision(stage.name, False, f"its files were touched: {changed}")
-        if self.force:
-            return Decision(stage.name, False, "--force")
-        return Decision(stage.name, True, "configuration, inputs, data, versions and files are unchanged")
+        reason = self.stale_reason(stage, inputs) or ("--force" if self.force else "")
+        return Decision(stage.name, not reason, reason or FRESH)
 
     def plan(self, names: Sequence[str]) -> list[Decision]:
-        """What would run, without running it. A stage behind one that runs is said to follow it."""
+        """What would run, without running it. A stage behind one that runs is said to follow it.
+
+        Raises:
+            ConfigError: as `run` would.
+            PipelineError: the data cannot be used.
+        """
         decisions: list[Decision] = []
         stale: set[str] = set()
-        for name in names:
-            stage = load_stage(name)
-            behind = [upstream for upstream in stage.consumes if upstream in stale]
-            if behind:
-                decisions.append(Decision(name, False, f"its input {behind[0]} runs"))
-            else:
-                inputs = self.inputs_on_disk(stage)
-                missing = [upstream for upstream in stage.consumes if upstream not in inputs]
-                if missing:
-                    decisions.append(Decision(name, False, f"its input {missing[0]} is missing"))
+        with translated_system_errors("plan", self.run_dir):
+            self.check_upstream(names)
+            for name in names:
+                stage = load_stage(name)
+                behind = [upstream for upstream in stage.consumes if upstream in stale]
+                if behind:
+                    decisions.append(Decision(name, False, f"its input {behind[0]} runs"))
                 else:
-                    decisions.append(self.decide(stage, inputs))
-            if not decisions[-1].fresh:
-                stale.add(name)
+                    decisions.append(self.decide(stage, self.inputs_on_disk(stage)))
+                if not decisions[-1].fresh:
+                    stale.add(name)
         return decisions
 
     def inputs_on_disk(self, stage: Stage) -> dict[str, Artifact]:
@@ -185,7 +206,7 @@ class Runner:
     def run(self, names: Sequence[str]) -> RunStatus:
         """Run the stages of `names` in order; stops at the first that fails or whose gate fails.
 
-        `run.json` and the reports are written whatever happens.
+        `run.json` and the reports are written whatever happens, unless nothing was run at all.
 
         Raises:
             ConfigError: a stage before the first of `names` has no usable result, or another run
@@ -196,6 +217,9 @@ class Runner:
             try:
                 self.check_upstream(names)
                 status = self.run_stages(names)
+                self.fill_from_disk()
+            except ConfigError:
+                raise
             except BaseException as error:
                 try:
                     self.write_run("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -209,17 +233,17 @@ class Runner:
         """Run or skip each stage in order."""
         for name in names:
             entry = self.entries[name]
-            stage = load_stage(name)
-            inputs = self.inputs_on_disk(stage)
-            decision = self.decide(stage, inputs)
-            entry.reason = decision.reason
-            if decision.fresh:
-                entry.artifact = read_artifact(name, self.run_dir / name)
-                entry.status = "fresh"
-                self.log.info("%-10s fresh: %s", name, decision.reason)
-            else:
-                self.log.info("%-10s runs: %s", name, decision.reason)
-                self.run_stage(stage, inputs, entry)
+            entry.status = "failed"  # until it is known better
+            try:
+                with translated_system_errors(name, self.run_dir):
+                    self.run_or_skip(load_stage(name), entry)
+            except KeyboardInterrupt:
+                entry.status = "interrupted"
+                raise
+            except PipelineError as error:
+                entry.error = str(error)
+                shutil.rmtree(self.run_dir / SCRATCH / name, ignore_errors=True)
+                raise
             assert entry.artifact is not None
             failed = [gate for gate in entry.artifact.manifest["gates"] if gate["verdict"] != "pass"]
             for gate in failed:
@@ -228,6 +252,20 @@ class Runner:
                 entry.status = "gate-failed"
                 return "gate-failed"
         return "passed"
+
+    def run_or_skip(self, stage: Stage, entry: StageEntry) -> None:
+        """One stage: fresh, or run."""
+        inputs = self.inputs_on_disk(stage)
+        decision = self.decide(stage, inputs)
+        entry.reason = decision.reason
+        if decision.fresh:
+            entry.artifact = read_artifact(stage.name, self.run_dir / stage.name)
+            entry.status = "fresh"
+            self.log.info("%-10s fresh: %s", stage.name, decision.reason)
+            return
+        where = f" on {self.device}" if "device" in stage.machine else ""
+        self.log.info("%-10s runs%s: %s", stage.name, where, decision.reason)
+        self.run_stage(stage, inputs, entry)
 
     def run_stage(self, stage: Stage, inputs: Mapping[str, Artifact], entry: StageEntry) -> None:
         """Run one stage in a scratch folder and commit the folder by one rename."""
@@ -245,7 +283,7 @@ class Runner:
             resume=resume,
             inputs=inputs,
             task=self.config.task,
-            backbone=self.config.backbone,
+            backbone=self.pinned,
             data=self.data,
             seed=self.config.seed,
             device=self.device,
@@ -255,25 +293,15 @@ class Runner:
         )
         started_at, started = now(), time.monotonic()
         reset_peak_memory()
-        entry.status = "failed"
-        try:
-            with translated_system_errors(stage.name, self.run_dir):
-                result = stage.run(context, self.config.section(stage.name))
-                manifest = self.manifest(stage, parts, key, result, output)
-                manifest |= {
-                    "started_at": started_at,
-                    "duration_s": round(time.monotonic() - started, 3),
-                    "peak_memory_bytes": peak_memory_bytes(),
-                }
-                commit_folder(output, self.run_dir / stage.name, manifest)
-                shutil.rmtree(resume, ignore_errors=True)
-        except KeyboardInterrupt:
-            entry.status = "interrupted"
-            raise
-        except PipelineError as error:
-            entry.error = str(error)
-            shutil.rmtree(output, ignore_errors=True)
-            raise
+        result = stage.run(context, self.config.section(stage.name))
+        manifest = self.manifest(stage, parts, key, result, output)
+        manifest |= {
+            "started_at": started_at,
+            "duration_s": round(time.monotonic() - started, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        commit_folder(output, self.run_dir / stage.name, manifest)
+        shutil.rmtree(resume, ignore_errors=True)
         entry.artifact = read_artifact(stage.name, self.run_dir / stage.name)
         entry.status = "ran"
         for note in result.notes:
@@ -284,8 +312,6 @@ class Runner:
         self, stage: Stage, parts: dict[str, Any], key: str, result: StageResult, output: Path
     ) -> dict[str, Any]:
         """The manifest of a stage that has run; digests are taken from the files as written."""
-        from stages.artifact import digest_files
-
         return {
             "schema_version": SCHEMA_VERSION,
             "stage": stage.name,
@@ -294,12 +320,12 @@ class Runner:
             "config": parts["config"],
             "inputs": parts["inputs"],
             "files": digest_files(output),
-            "io": io_of(output),
+            "io": io_of(output, self.run_dir / "merge-lora"),
             "backbone": {
-                "id": self.backbone.id,
-                "revision": self.backbone.revision,
-                "weights": self.backbone.weights,
-                "weights_digest": self.backbone.weights_digest,
+                "id": self.pinned.id,
+                "revision": self.pinned.revision,
+                "weights": self.pinned.weights,
+                "weights_digest": self.pinned.weights_digest,
             },
             "data_fingerprints": dict(self.data.fingerprints),
             "versions": versions_of(REPORTED_PACKAGES),
@@ -320,16 +346,9 @@ class Runner:
         for name in order[: order.index(names[0])]:
             stage = load_stage(name)
             artifact = read_artifact(name, self.run_dir / name)
-            problem = ""
-            if artifact is None:
-                problem = "has no result"
-            elif self.key_parts(stage, self.inputs_on_disk(stage)) != artifact.manifest["key_parts"]:
-                problem = "is stale: " + describe_change(
-                    artifact.manifest["key_parts"], self.key_parts(stage, self.inputs_on_disk(stage))
-                )
-            elif changed := verify_files(artifact):
-                problem = f"is damaged: {changed}"
-            elif any(gate["verdict"] != "pass" for gate in artifact.manifest["gates"]):
+            stale = self.stale_reason(stage, self.inputs_on_disk(stage))
+            problem = f"is stale ({stale})" if artifact and stale else stale
+            if artifact and not stale and any(gate["verdict"] != "pass" for gate in artifact.manifest["gates"]):
                 problem = "has a failed gate"
             if problem:
                 hint = f"run `pipeline all --until {names[0]}` with the same --config and --run-dir"
@@ -337,11 +356,22 @@ class Runner:
             self.entries[name].artifact = artifact
             self.entries[name].status = "fresh"
 
+    def fill_from_disk(self) -> None:
+        """Say of the stages that were not asked for whether their results are still good."""
+        for name, entry in self.entries.items():
+            if entry.status == "not-run":
+                stage = load_stage(name)
+                entry.reason = self.stale_reason(stage, self.inputs_on_disk(stage))
+                if not entry.reason:
+                    entry.artifact = read_artifact(name, self.run_dir / name)
+                    entry.status = "fresh"
+
     # --- reporting ------------------------------------------------------------------------------
 
     def run_record(self, status: RunStatus) -> dict[str, Any]:
         """The content of `run.json`."""
         bundle = self.entries["package"].artifact
+        data = self.__dict__.get("data")  # not read where reading it failed
         return {
             "schema_version": SCHEMA_VERSION,
             "run": self.run_dir.name,
@@ -350,6 +380,7 @@ class Runner:
             "task": self.config.task,
             "backbone": self.config.backbone,
             "config": self.config.model_dump(mode="json", by_alias=True),
+            "data_notes": list(data.notes) if data else [],
             "stages": [entry.to_dict() for entry in self.entries.values()],
             "report": "report.html",
             "bundle": "package/bundle" if bundle else None,
@@ -357,16 +388,35 @@ class Runner:
         }
 
     def write_run(self, status: RunStatus) -> None:
-        """Write `run.json`, `report.html`, `report.md` and `junit.xml`, unless nothing has changed since they were."""
+        """Write `run.json`, `report.html`, `report.md` and `junit.xml`, unless they say the same already."""
         from pipeline.report import write_reports
 
-        reported = (self.run_dir / "run.json").exists() and (self.run_dir / "report.html").exists()
-        if reported and all(entry.status in ("not-run", "fresh") for entry in self.entries.values()):
+        record, file = self.run_record(status), self.run_dir / "run.json"
+        ran = any(entry.status not in ("not-run", "fresh") for entry in self.entries.values())
+        if not ran and (self.run_dir / "report.html").exists() and gist_of(read_json(file)) == gist_of(record):
             return
-        record = self.run_record(status)
         with translated_system_errors("report", self.run_dir):
-            write_json(self.run_dir / "run.json", record)
+            write_json(file, record)
             write_reports(record, self.run_dir)
+
+
+def read_json(file: Path) -> Any:
+    """The value in a file, or None where there is none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def gist_of(record: Any) -> Any:
+    """What a record says of the results, without when and whether they were made or found."""
+    if not isinstance(record, dict):
+        return None
+    stages = [
+        (stage["name"], "fresh" if stage["status"] == "ran" else stage["status"], stage["digest"], stage["error"])
+        for stage in record["stages"]
+    ]
+    return record["status"], record["config"], record.get("data_notes"), record["bundle"], stages
 
 
 def now() -> str:
@@ -374,15 +424,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def io_of(output: Path) -> dict[str, Any] | None:
-    """The I/O spec of the checkpoint in a stage's output, where there is one."""
-    import json
-
-    for name in ("checkpoint", "base"):
-        file = output / name / "model.json"
-        if file.exists():
-            io: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["io"]
-            return io
+def io_of(*folders: Path) -> dict[str, Any] | None:
+    """The I/O spec of the first checkpoint in the folders: that of a stage's own, or of the network it is about."""
+    for folder in folders:
+        for name in ("checkpoint", "base"):
+            file = folder / name / "model.json"
+            if file.exists():
+                io: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["io"]
+                return io
     return None
 
 
@@ -442,7 +491,11 @@ def translated_system_errors(stage: str, run_dir: Path) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise StageError(f"{stage}: out of memory; try a smaller batch size or image size") from error
+    except ConfigError:
+        raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            raise StageError(f"{stage}: out of memory on the GPU; try a smaller batch size or image size") from error
         free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
         if is_full_disk(error) or free < NEARLY_FULL_BYTES:
             raise StageError(

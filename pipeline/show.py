@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError, Problem
-from stages.artifact import read_artifact, verify_files
+from stages.artifact import Artifact, read_artifact, verify_files
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def describe(path: Path) -> dict[str, Any]:
             "path": str(path),
             "digest": artifact.digest,
             "files_intact": verify_files(artifact) or "yes",
+            "inputs_current": stale_inputs(artifact) or "yes",
             **manifest,
         }
     if (path / "bundle.json").is_file() or path.suffix == ".tar":
@@ -39,6 +40,16 @@ def describe(path: Path) -> dict[str, Any]:
     )
 
 
+def stale_inputs(artifact: Artifact) -> str:
+    """Which inputs of an artifact are no longer those that lie beside it; empty where all are."""
+    changed = []
+    for name, digest in artifact.manifest["inputs"].items():
+        beside = read_artifact(name, artifact.folder.parent / name)
+        if beside is not None and beside.digest != digest:
+            changed.append(name)
+    return f"no: {', '.join(changed)} changed since" if changed else ""
+
+
 def print_description(description: dict[str, Any]) -> None:
     """Print a description for a person."""
     from rich.console import Console
@@ -49,9 +60,32 @@ def print_description(description: dict[str, Any]) -> None:
         from pipeline.report.terminal import print_summary
 
         print_summary(description, console)
+        print_lineage(description, console)
         return
     console.print(f"[bold]{kind}[/bold]", description["path"], highlight=False)
     print_values(console, {key: value for key, value in description.items() if key not in ("kind", "path")}, 1)
+
+
+def print_lineage(run: dict[str, Any], console: Any) -> None:
+    """What each stage was made from, by digest, and every gate."""
+    from rich.markup import escape
+
+    for stage in run["stages"]:
+        if stage["digest"]:
+            inputs = ", ".join(f"{name} {digest[:12]}" for name, digest in stage["inputs"].items()) or "backbone, data"
+            console.print(f"\n[bold]{stage['name']}[/bold] {stage['digest'][:12]} from {inputs}", highlight=False)
+            print_gates(console, stage["gates"], "  ")
+    for note in run.get("data_notes", []):
+        console.print(f"data: {escape(note)}", highlight=False)
+
+
+def print_gates(console: Any, gates: list[dict[str, Any]], indent: str) -> None:
+    """A line a gate."""
+    from rich.markup import escape
+
+    for gate in gates:
+        line = f"{gate['verdict']}  {gate['name']} ({gate['subject']}): {gate['message']}"
+        console.print(f"{indent}{escape(line)}", highlight=False, soft_wrap=True)
 
 
 def print_values(console: Any, values: dict[str, Any], depth: int) -> None:
@@ -64,9 +98,7 @@ def print_values(console: Any, values: dict[str, Any], depth: int) -> None:
             console.print(f"{indent}{escape(str(key))}:", highlight=False)
             print_values(console, value, depth + 1)
         elif key == "gates":
-            for gate in value:
-                line = f"{gate['verdict']}  {gate['name']} ({gate['subject']}): {gate['message']}"
-                console.print(f"{indent}{escape(line)}", highlight=False)
+            print_gates(console, value, indent)
         elif isinstance(value, list) and len(value) > 12:
             console.print(f"{indent}{escape(str(key))}: {len(value)} items", highlight=False)
         else:

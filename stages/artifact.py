@@ -46,6 +46,10 @@ class Artifact:
         return self.folder / name
 
 
+DROPPINGS = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that file managers leave in a folder by looking at it."""
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file as hex, read in 1 MiB blocks."""
     with path.open("rb") as stream:
@@ -58,7 +62,7 @@ def digest_of(value: Any) -> str:
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """Relative POSIX path → SHA-256 for every file below `folder` but the manifest.
+    """Relative POSIX path → SHA-256 for every file below `folder` but the manifest and `DROPPINGS`.
 
     Raises:
         IntegrityError: a symbolic link stands in the folder.
@@ -67,7 +71,7 @@ def digest_files(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise IntegrityError(f"{path} is a symbolic link; an artifact holds plain files only")
-        if path.is_file() and path != folder / MANIFEST:
+        if path.is_file() and path != folder / MANIFEST and path.name not in DROPPINGS:
             digests[path.relative_to(folder).as_posix()] = sha256_of_file(path)
     return digests
 
@@ -116,17 +120,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def commit_folder(scratch: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest into `scratch`, flush everything, and rename it to `final`."""
-    for path in scratch.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
     write_json(scratch / MANIFEST, manifest)
+    for path in (*scratch.rglob("*"), scratch):
+        flush(path)
     retired = scratch.with_name(f"{scratch.name}.retired")
     shutil.rmtree(retired, ignore_errors=True)
     if final.exists():
         os.rename(final, retired)
     os.rename(scratch, final)
+    flush(final.parent)  # the rename itself must survive a power cut, not only the files
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

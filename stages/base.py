@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from models.spec import Task
+    from models.spec import BackboneSpec, Task
     from stages.artifact import Artifact
     from stages.data.splits import DataSplits
     from stages.gate import GateResult
 
 SplitName = Literal["train", "validation", "calibration", "test"]
+MachinePart = Literal["device", "processor"]
+
+NETWORK_PACKAGES = ("torch", "timm", "transformers", "safetensors", "numpy")
+"""What builds a network from a checkpoint and runs it: every stage does."""
+
+PROCESSING_PACKAGES = ("pillow", "tokenizers")
+"""What makes arrays of examples: every stage does."""
+
+RUNTIME_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu")
+"""What writes and runs ONNX files."""
 
 
 class StageConfig(BaseModel):
@@ -52,7 +62,7 @@ class StageContext:
     resume: Path
     inputs: Mapping[str, Artifact]
     task: Task
-    backbone: str
+    backbone: BackboneSpec
     data: DataSplits
     seed: int
     device: str
@@ -73,8 +83,9 @@ class StageResult:
 class Stage(Protocol):
     """One step of the chain. Instances hold nothing between runs.
 
-    `splits` are the data splits whose content the result depends on, and `packages` the installed
-    distributions whose versions can change it: both are part of the freshness key.
+    `splits` are the data splits whose content the result depends on, `packages` the installed distributions
+    whose versions can change it, and `machine` what of the machine does (where training runs; the processor
+    that times are measured on): all are part of the freshness key.
     """
 
     name: str
@@ -82,6 +93,7 @@ class Stage(Protocol):
     consumes: tuple[str, ...]
     splits: tuple[SplitName, ...]
     packages: tuple[str, ...]
+    machine: tuple[MachinePart, ...]
 
     def run(self, context: StageContext, config: Any) -> StageResult:
         """Do the work in `context.output`. Raises `StageError` where it cannot be done."""

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import DataError, ExportError
-from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    RUNTIME_PACKAGES,
+    MachinePart,
+    SplitName,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
 from stages.candidates import Candidate, Precision, write_candidates
 from stages.gate import Gate, GateResult
 
@@ -65,7 +74,8 @@ class Export:
     config_type = ExportConfig
     consumes = ("merge-lora",)
     splits: tuple[SplitName, ...] = ("validation",)
-    packages = ("torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "onnxscript", "onnx-ir")
+    machine: tuple[MachinePart, ...] = ()
 
     def run(self, context: StageContext, config: ExportConfig) -> StageResult:
         """Export once, convert to the other precisions, compare each with the reference."""

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from models.errors import MergeError
-from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    MachinePart,
+    SplitName,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:
@@ -58,7 +66,8 @@ class MergeLora:
     config_type = MergeLoraConfig
     consumes = ("finetune",)
     splits: tuple[SplitName, ...] = ("validation",)
-    packages = ("torch", "timm", "transformers", "peft", "safetensors", "tokenizers", "pillow")
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, "peft")
+    machine: tuple[MachinePart, ...] = ()
 
     def run(self, context: StageContext, config: MergeLoraConfig) -> StageResult:
         """Fold, or pass a plain checkpoint through."""

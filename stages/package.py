@@ -31,7 +31,16 @@ from models.bundle import (
 )
 from models.errors import IntegrityError
 from stages.artifact import digest_files, sha256_of_file, write_json
-from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    RUNTIME_PACKAGES,
+    MachinePart,
+    SplitName,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:
@@ -70,7 +79,8 @@ class Package:
     config_type = PackageConfig
     consumes = ("merge-lora", "export", "quantize", "validate")
     splits: tuple[SplitName, ...] = ("test",)
-    packages = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "tokenizers")
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES)
+    machine: tuple[MachinePart, ...] = ()
 
     def run(self, context: StageContext, config: PackageConfig) -> StageResult:
         """Copy, describe, digest, and open the result as a device would."""

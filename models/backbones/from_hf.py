@@ -137,8 +137,11 @@ def load_hf(
         processing: Processing
         architecture: dict[str, Any]
         if modality == "text":
-            longest = min(max_length or MAX_LENGTH, positions_of(values))
-            processing = text_processing(source, revision, longest, values.get("vocab_size"))
+            longest = positions_of(values)
+            if max_length and max_length > longest:
+                raise ModelError(f"{spec.id} takes {longest} tokens at most, finetune.max_length is {max_length}")
+            limit = max_length or min(MAX_LENGTH, longest)
+            processing = text_processing(source, revision, limit, values.get("vocab_size"))
             architecture = {"library": "hf", "modality": "text", "config": values}
         else:
             prepared = image_preparation(source, revision, image_size, values.get("image_size"))

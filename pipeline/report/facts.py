@@ -144,6 +144,14 @@ class Facts:
         """The candidates that quantize left out, with the reason."""
         return [item for item in records(self.measured("quantize").get("candidates")) if item.get("accepted") is False]
 
+    @cached_property
+    def notes(self) -> list[tuple[str, str]]:
+        """(where it comes from, text): what was left out of the data, then what each stage says."""
+        notes = [("data", str(note)) for note in sequence(self.run.get("data_notes"))]
+        for stage in self.stages:
+            notes += [(str(stage.get("name")), str(note)) for note in sequence(stage.get("notes"))]
+        return notes
+
     @property
     def packed(self) -> bool:
         """Whether a bundle was made."""

@@ -177,7 +177,7 @@ def candidates_section(facts: Facts) -> Html:
         hint = f"{measured}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
         parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
     if facts.left_out:
-        parts.append(element("p", "Left out by quantize, outside the accuracy budget:", class_="hint"))
+        parts.append(element("p", "Left out by quantize:", class_="hint"))
         rows = [
             element(
                 "li",
@@ -499,15 +499,13 @@ def stages_section(facts: Facts) -> Html:
         start += duration or 0.0
     text = "Stages one after the other: " + "; ".join(f"{bar.name} {bar.columns[0]}" for bar in bars)
     plot = svg.timeline(bars, ("duration", "peak memory", "status"), text, format_duration)
-    notes = [
-        element("li", element("strong", stage.get("name", "")), f": {shorten(note, 400)}")
-        for stage in facts.stages
-        for note in sequence(stage.get("notes"))
-    ]
+    notes = [element("li", element("strong", source), f": {shorten(note, 400)}") for source, note in facts.notes]
     listed = join([element("h3", "Notes"), element("ul", *notes, class_="notes")]) if notes else Html("")
-    pale = "Pale bars were reused from an earlier run, with the time they took then."
-    caption = element("figcaption", pale) if any(stage.get("status") == "fresh" for stage in facts.stages) else Html("")
-    return join([element("figure", scrolling(plot, "Stage timeline"), caption), listed])
+    caption = "Peak memory is that of the whole process while the stage ran."
+    if any(stage.get("status") == "fresh" for stage in facts.stages):
+        caption = f"Pale bars were reused from an earlier run, with the time they took then. {caption}"
+    figure = element("figure", scrolling(plot, "Stage timeline"), element("figcaption", caption))
+    return join([figure, listed])
 
 
 def lineage_section(facts: Facts) -> Html:

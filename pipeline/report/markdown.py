@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report.facts import Facts, number, sequence
+from pipeline.report.facts import Facts, number
 from pipeline.report.formats import (
     MISSING,
     format_bytes,
@@ -182,11 +182,7 @@ def stages(facts: Facts) -> str:
         ]
         for stage in facts.stages
     ]
-    notes = [
-        f"- {markdown_text(stage.get('name'), 40)}: {markdown_text(note, 300)}"
-        for stage in facts.stages
-        for note in sequence(stage.get("notes"))
-    ]
+    notes = [f"- {markdown_text(source, 40)}: {markdown_text(note, 300)}" for source, note in facts.notes]
     text = "### Stages\n\n" + table(("Stage", "Status", "Time", "Peak memory", "Why"), rows, (2, 3))
     return text + ("\n\n" + "\n".join(notes[:30]) if notes else "")
 

@@ -18,7 +18,15 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from models.errors import ModelError, TrainingError
 from stages.artifact import digest_of, write_json
-from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    MachinePart,
+    SplitName,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:
@@ -110,10 +118,8 @@ class Finetune:
     config_type = FinetuneConfig
     consumes: tuple[str, ...] = ()
     splits: tuple[SplitName, ...] = ("train", "validation")
-    packages = (
-        "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "pillow",
-        "scikit-learn", "numpy",
-    )  # fmt: skip
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, "torchvision", "peft", "accelerate", "scikit-learn")
+    machine: tuple[MachinePart, ...] = ("device",)
 
     def run(self, context: StageContext, config: FinetuneConfig) -> StageResult:
         """Probe, then train where the strategy asks for it."""
@@ -166,9 +172,9 @@ def seed_everything(context: StageContext) -> None:
 def build(context: StageContext, config: FinetuneConfig) -> Setup:
     """Load the backbone and put a head on it."""
     from models.classifier import make_spec, new_classifier
-    from models.registry import load_backbone, resolve
+    from models.registry import load_backbone
 
-    backbone = resolve(context.backbone)
+    backbone = context.backbone
     loaded = load_backbone(backbone, context.task, config.image_size, config.max_length, not config.from_scratch)
     model = new_classifier(loaded, len(context.data.labels))
     spec = make_spec(context.task, backbone, loaded, context.data.labels)

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import QuantizeError
-from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    RUNTIME_PACKAGES,
+    MachinePart,
+    SplitName,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
 from stages.candidates import Candidate, write_candidates
 from stages.gate import Gate, GateResult
 from stages.quantize.qdq import (
@@ -128,7 +137,8 @@ class Quantize:
     config_type = QuantizeConfig
     consumes = ("merge-lora", "export")
     splits: tuple[SplitName, ...] = ("calibration", "validation")
-    packages = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "torch")
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES)
+    machine: tuple[MachinePart, ...] = ()
 
     def run(self, context: StageContext, config: QuantizeConfig) -> StageResult:
         """Make, judge, and keep or leave out each scheme's candidate."""

@@ -18,7 +18,16 @@ from pydantic import Field
 
 from models.errors import IntegrityError
 from stages.artifact import sha256_of_file, write_json
-from stages.base import SplitName, StageConfig, StageContext, StageResult
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    RUNTIME_PACKAGES,
+    MachinePart,
+    SplitName,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
 from stages.candidates import Candidate, read_candidates
 from stages.gate import Gate, GateResult
 
@@ -112,8 +121,8 @@ class Validate:
     config_type = ValidateConfig
     consumes = ("merge-lora", "export", "quantize")
     splits: tuple[SplitName, ...] = ("test",)
-    packages = ("torch", "timm", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "pillow",
-                "tokenizers")  # fmt: skip
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "scipy")
+    machine: tuple[MachinePart, ...] = ("processor",)
 
     def run(self, context: StageContext, config: ValidateConfig) -> StageResult:
         """Measure the reference and every candidate, check the gates, choose."""

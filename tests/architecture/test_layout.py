@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.config import PipelineConfig, fields_by_key, is_model
 from stages import STAGES, load_stage, section_of
+from stages.base import NETWORK_PACKAGES, PROCESSING_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "stages", "models")
@@ -160,6 +161,16 @@ def test_the_stages_are_in_order_and_have_their_sections() -> None:
         assert set(stage.consumes) <= set(before)
         assert sections[section_of(name)].annotation is stage.config_type
         before.append(name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_what_every_stage_uses(stage: str) -> None:
+    """Each builds a network and prepares examples; the versions of what does that are in its freshness key."""
+    packages = set(load_stage(stage).packages)
+    assert {*NETWORK_PACKAGES, *PROCESSING_PACKAGES} <= packages
+    assert {normalized(name) for name in packages} <= {
+        normalized(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)

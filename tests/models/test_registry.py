@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from models.backbones.from_timm import pretrained_state
 from models.backbones.packaged import PACKAGED, PackagedWeights, find_packaged, timm_state_from_efficientnet_lite
 from models.errors import ConfigError, MissingCapabilityError, ModelError
 from models.modalities.vision import ImageProcessing
-from models.registry import build_backbone, load_backbone, resolve, timm_names
+from models.registry import build_backbone, load_backbone, pin, resolve, timm_names
 from tests.models.tiny import (
     BERT,
     RESNET,
@@ -72,21 +76,88 @@ def test_id_without_prefix_says_which_one_to_add() -> None:
 
 def test_revision_of_the_hub_is_kept() -> None:
     spec = resolve("hf:org/repo@1a2b3c")
-    assert (spec.name, spec.revision, spec.weights_digest) == ("org/repo", "1a2b3c", "1a2b3c")
+    assert (spec.name, spec.revision, spec.weights) == ("org/repo", "1a2b3c", "hub")
+    assert spec.weights_digest != resolve("hf:org/repo").weights_digest
 
 
-def test_commit_of_the_local_cache_pins_an_open_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hub_cache(home: Path, repository: str, files: Path) -> str:
+    """The hub's cache as a download of `main` leaves it; the commit."""
+    commit = "c0ffee" + 34 * "0"
+    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(files, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(commit)
+    return commit
+
+
+FROM_THE_CACHE = """
+import sys, torch
+from models.registry import load_backbone, pin, resolve
+spec = pin(resolve(sys.argv[1]))
+loaded = load_backbone(spec, sys.argv[2], None, None)
+print(spec.revision, spec.weights_digest, round(float(sum(one.abs().sum() for one in loaded.module.parameters())), 2))
+"""
+
+
+@pytest.mark.parametrize("library", ["timm", "hf"])
+def test_a_filled_cache_is_enough_and_pins_the_commit(tmp_path: Path, library: str) -> None:
+    """As on a machine without a network whose HF_HOME was filled on another one."""
+    files = tmp_path / "files"
+    if library == "timm":
+        import timm
+
+        network = timm.create_model("test_resnet", pretrained=False)
+        files.mkdir()
+        save_file(network.state_dict(), files / "model.safetensors")
+        (files / "config.json").write_text("{}")
+        backbone, task, repository = "timm:test_resnet", "image-classification", "timm/test_resnet.r160_in1k"
+        weights = {name: one for name, one in network.named_parameters() if not name.startswith("fc.")}
+    else:
+        hf_text_folder(files)
+        backbone, task, repository = "hf:org/tiny", "text-classification", "org/tiny"
+        weights = {name: one for name, one in load_file(files / "model.safetensors").items() if "pooler" not in name}
+    commit = hub_cache(tmp_path, repository, files)
+    command = [sys.executable, "-P", "-c", FROM_THE_CACHE, backbone, task]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    revision, digest, total = done.stdout.split()
+    assert revision == digest == commit
+    assert float(total) == pytest.approx(float(sum(one.detach().abs().sum() for one in weights.values())), rel=1e-4)
+
+
+def test_what_neither_hub_nor_cache_has_stays_unpinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert resolve("hf:org/repo").weights_digest == "main"
-    (tmp_path / "models--org--repo" / "refs").mkdir(parents=True)
-    (tmp_path / "models--org--repo" / "refs" / "main").write_text("c0ffee\n")
-    assert resolve("hf:org/repo").revision == "c0ffee"
+    spec = resolve("hf:org/repo")
+    assert pin(spec) == spec
+    untrained = resolve("timm:beit3_giant_patch14_224")
+    assert pin(untrained) == untrained
+    with pytest.raises(ModelError, match="no pretrained weights for timm:beit3_giant.*finetune.from_scratch"):
+        pretrained_state(untrained, {})
+
+
+def test_only_safetensors_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """timm itself would go on to the pickle."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def holds_no(repository: str, file: str, revision: str | None = None) -> str:
+        raise EntryNotFoundError(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", holds_no)
+    with pytest.raises(ModelError, match=r"holds no model\.safetensors; pickles can run code"):
+        pretrained_state(resolve("timm:test_resnet"), {})
 
 
 def test_timm_names_are_those_of_timm() -> None:
     import timm
 
-    assert timm_names() == set(timm.list_models())
+    names, tags = timm_names()
+    assert names == set(timm.list_models())
+    with_tags = {name.partition(".")[0] for name in tags}
+    assert len(with_tags) > 500
+    missed = [name for name in timm.list_pretrained() if name not in tags and name.partition(".")[0] in with_tags]
+    assert [name for name in missed if "." in name] == []  # a tag that is there is never refused
 
 
 def test_folder_without_config_pickles_and_own_code_are_refused(tmp_path: Path) -> None:
@@ -105,13 +176,18 @@ def test_folder_without_config_pickles_and_own_code_are_refused(tmp_path: Path) 
     assert "no readable model description" in message_of(str(tmp_path))
 
 
-def test_digest_of_a_folder_follows_its_weights(tmp_path: Path) -> None:
+def test_digest_of_a_folder_follows_its_weights_and_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BERT))
     (tmp_path / "model.safetensors").write_bytes(b"one")
     first = resolve(str(tmp_path)).weights_digest
     assert resolve(str(tmp_path)).weights_digest == first
     (tmp_path / "model.safetensors").write_bytes(b"two")
-    assert resolve(str(tmp_path)).weights_digest != first
+    second = resolve(str(tmp_path)).weights_digest
+    (tmp_path / "vocab.txt").write_text("a tokenizer's words")
+    third = resolve(str(tmp_path)).weights_digest
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    assert len({first, second, third}) == 3
+    assert resolve(str(tmp_path)).weights_digest == third
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -133,8 +209,11 @@ def test_hf_folder_is_loaded_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None
 
 
 def test_length_limit_stays_inside_the_positions(tmp_path: Path) -> None:
-    loaded = load_backbone(resolve(str(hf_text_folder(tmp_path))), "text-classification", None, 500)
+    spec = resolve(str(hf_text_folder(tmp_path)))
+    loaded = load_backbone(spec, "text-classification", None, None)
     assert loaded.processing.max_length == BERT["max_position_embeddings"]  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match=r"takes 24 tokens at most, finetune\.max_length is 500"):
+        load_backbone(spec, "text-classification", None, 500)
 
 
 def test_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
@@ -180,9 +259,9 @@ def test_own_checkpoint_is_a_backbone(tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded.module.eval(), inputs), logits_of(trained.backbone, inputs))
     scratch = load_backbone(spec, "image-classification", 32, None, pretrained=False)
     assert not torch.allclose(logits_of(scratch.module.eval(), inputs), logits_of(trained.backbone, inputs), atol=1e-3)
-    with pytest.raises(ConfigError, match="takes 32 px, not 64"):
+    with pytest.raises(ModelError, match=r"made for 32, finetune\.image_size is 64"):
         load_backbone(spec, "image-classification", 64, None)
-    with pytest.raises(ConfigError, match="takes images, not texts"):
+    with pytest.raises(ModelError, match="takes images, the task wants texts"):
         load_backbone(spec, "text-classification", None, None)
 
 
@@ -199,8 +278,8 @@ def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_tag_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"timm:test_resnet\.r160_in1k"):
-        load_backbone(resolve("timm:test_resnet.nope"), "image-classification", None, None)
+    with pytest.raises(ConfigError, match=r"no weights 'nope' for test_resnet.*timm:test_resnet\.r160_in1k"):
+        resolve("timm:test_resnet.nope")
 
 
 @pytest.mark.parametrize(("name", "size"), [("test_vit", 96), ("test_efficientnet", 48), ("test_resnet", 72)])

@@ -24,6 +24,7 @@ from stages.data.splits import DataSplits
 from stages.finetune import FinetuneConfig
 from stages.gate import Gate
 from stages.merge_lora import MergeLoraConfig
+from stages.package import PackageConfig
 
 SPLITS = ("train", "validation", "calibration", "test")
 BACKBONE = BackboneSpec("timm:tiny", "timm", "tiny", None, None, "package x==1", "0" * 64)
@@ -37,6 +38,7 @@ class First:
     consumes: tuple[str, ...] = ()
     splits = ("train",)
     packages = ("numpy",)
+    machine = ("device",)
     runs = 0
 
     def run(self, context: StageContext, config: FinetuneConfig) -> StageResult:
@@ -54,6 +56,7 @@ class Second:
     consumes = ("finetune",)
     splits = ("validation",)
     packages = ()
+    machine = ()
     runs = 0
     measured: float | None = 0.0
     error: Exception | None = None
@@ -69,10 +72,18 @@ class Second:
         return StageResult((Gate("error", "at most", 0.5).check("network", self.measured, 3),))
 
 
+class Third(First):
+    """Is never asked for."""
+
+    name = "package"
+    config_type = PackageConfig  # type: ignore[assignment]
+    consumes = ("merge-lora",)
+
+
 @pytest.fixture(autouse=True)
 def small_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    stages: dict[str, Any] = {"finetune": First, "merge-lora": Second}
-    monkeypatch.setattr(runner_module, "STAGES", dict.fromkeys([*stages, "package"], ""))
+    stages: dict[str, Any] = {"finetune": First, "merge-lora": Second, "package": Third}
+    monkeypatch.setattr(runner_module, "STAGES", dict.fromkeys(stages, ""))
     monkeypatch.setattr(runner_module, "load_stage", lambda name: stages[name]())
     for stage in stages.values():
         monkeypatch.setattr(stage, "runs", 0)
@@ -185,7 +196,7 @@ def test_kill_leaves_a_state_that_resumes(tmp_path: Path) -> None:
 
 
 def test_a_single_stage_refuses_a_stale_input(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no result"):
+    with pytest.raises(ConfigError, match="there is no result yet, and merge-lora builds on it"):
         make_runner(tmp_path).run(["merge-lora"])
     make_runner(tmp_path).run(NAMES)
     with pytest.raises(ConfigError, match="config.epochs changed from"):

@@ -87,6 +87,10 @@ def test_another_weight_of_the_backbone_reruns_everything(project: Path) -> None
     assert all(plan.values()) and "backbone.weights changed" in plan["finetune"]
 
 
+def test_another_spelling_of_the_backbones_folder_changes_nothing(finished: Path) -> None:
+    assert set(plan_of(finished, "--set", f"backbone={finished / 'backbone'}").values()) == {""}
+
+
 def test_exit_1_keeps_everything_to_look_at(project: Path) -> None:
     done = pipeline("all", "--set", "validate.gates.max_size_bytes=10", cwd=project)
     assert done.returncode == 1
@@ -113,6 +117,78 @@ def test_exit_4_names_the_corrupt_image_and_skip_goes_on(project: Path) -> None:
         "validate",
         "package",
     ]
+
+
+def test_what_is_left_out_is_said_everywhere(project: Path) -> None:
+    (project / "photos/test/red/002.png").write_bytes(b"no image")
+    done = pipeline("all", "--set", "data.on_error=skip", cwd=project)
+    assert done.returncode == 0, done.stderr
+    report = (project / RUN / "report.md").read_text(encoding="utf-8")
+    for text in (done.stderr, record_of(project)["data_notes"][0], report):
+        assert "002" in text and "skipped" in text
+
+
+def test_reports_are_of_the_last_run(project: Path) -> None:
+    """A failure replaces the good report, and mending what failed replaces the bad one, though nothing is run again."""
+    picture = project / "photos/test/red/002.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"no image")
+    done = pipeline("all", "--json", cwd=project)
+    record = json.loads(done.stdout)
+    assert done.returncode == 4 and record == record_of(project) and validate_run(record) == []
+    assert record["status"] == "failed" and "002.png" in record["stages"][0]["error"]
+    assert "Not shipped" in (project / RUN / "report.md").read_text(encoding="utf-8")
+    assert ElementTree.parse(project / RUN / "junit.xml").getroot().findall(".//error")
+    picture.write_bytes(good)
+    done = pipeline("all", cwd=project)
+    assert done.returncode == 0 and " runs" not in done.stderr
+    assert (record_of(project)["status"], record_of(project)["bundle"]) == ("passed", "package/bundle")
+    assert "Ready to ship" in (project / RUN / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_part_of_the_chain_reports_all_of_it(project: Path) -> None:
+    assert pipeline("export", "--force", cwd=project).returncode == 0
+    record = record_of(project)
+    assert {stage["name"]: stage["status"] for stage in record["stages"]} == {
+        "finetune": "fresh", "merge-lora": "fresh", "export": "ran", "quantize": "fresh", "validate": "fresh",
+        "package": "fresh",
+    }  # fmt: skip
+    assert record["bundle"] == "package/bundle" and all(stage["digest"] for stage in record["stages"])
+    done = pipeline("export", "--set", "export.opset=19", cwd=project)
+    assert done.returncode == 0, done.stderr
+    stages = {stage["name"]: stage for stage in record_of(project)["stages"]}
+    assert stages["package"]["status"] == "not-run" and "inputs.export changed" in stages["validate"]["reason"]
+    assert record_of(project)["bundle"] is None
+    shown = json.loads(pipeline("show", str(RUN / "package"), "--json", cwd=project).stdout)
+    assert shown["inputs_current"] == "no: export changed since"
+
+
+def test_every_manifest_holds_the_io_spec(finished: Path) -> None:
+    for name in STAGES:
+        manifest = json.loads((finished / RUN / name / "manifest.json").read_text())
+        assert [one["name"] for one in manifest["io"]["inputs"]] == ["image"]
+
+
+def test_a_dry_run_refuses_what_the_run_would(project: Path) -> None:
+    options = ("export", "--set", "finetune.epochs=7")
+    dry, real = pipeline(*options, "--dry-run", cwd=project), pipeline(*options, cwd=project)
+    assert dry.returncode == real.returncode == 2
+    assert dry.stderr == real.stderr and "finetune: is stale (config.epochs changed from 2 to 7)" in dry.stderr
+    assert record_of(project)["status"] == "passed"
+
+
+def test_exit_2_leaves_nothing(tmp_path: Path, finished: Path) -> None:
+    shutil.copyfile(finished / "pipeline.yaml", tmp_path / "pipeline.yaml")
+    text = ("--set", "task=text-classification", "--set", "data.source=demo:wordnet-topics")
+    for backbone, message in (("timm:resnet18", "takes images"), ("timm:resnet18.nope", "no weights 'nope'")):
+        done = pipeline("all", *text, "--set", f"backbone={backbone}", cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline.yaml"]
+
+
+def test_threads_are_part_of_every_result(finished: Path) -> None:
+    plan = plan_of(finished, "--set", "threads=1")
+    assert all(plan.values()) and "threads changed from 2 to 1" in plan["finetune"]
 
 
 def test_from_and_until(project: Path) -> None:

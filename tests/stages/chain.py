@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from models.registry import resolve
 from models.spec import Task
 from pipeline.progress import QuietProgress
 from stages.artifact import Artifact
@@ -63,7 +64,7 @@ def context_of(
     """What the runner would hand to a stage."""
     output.mkdir(parents=True, exist_ok=True)
     data = data_of(test_split(task) if examples is None else examples)
-    log, backbone = logging.getLogger("test"), "timm:test_efficientnet"
+    log, backbone = logging.getLogger("test"), resolve("timm:test_efficientnet")
     return StageContext(output, output, inputs, task, backbone, data, 0, "cpu", 2, log, QuietProgress())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from models.registry import resolve
 from pipeline.progress import QuietProgress
 from stages.artifact import Artifact, digest_files
 from stages.base import Progress, SplitName, StageContext
@@ -103,7 +104,7 @@ def make_context(
         resume=resume,
         inputs=inputs or {},
         task="image-classification" if kind == "image" else "text-classification",
-        backbone=backbone,
+        backbone=resolve(backbone),
         data=data,
         seed=0,
         device="cpu",

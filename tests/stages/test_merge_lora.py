@@ -35,6 +35,9 @@ def image_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("image"), "image")
 
 
+NOT_NEEDED = "hf:org/not-needed"
+
+
 def train(root: Path, kind: str) -> Path:
     context = make_context(root, "finetune", made_up_data(kind), kind)
     rate = {"backbone_learning_rate": 1e-2}
@@ -45,8 +48,7 @@ def train(root: Path, kind: str) -> Path:
 def merge(root: Path, source: Path, kind: str = "image") -> StageResult:
     """Run the stage; its output is `root/merged`."""
     inputs = {"finetune": artifact_of("finetune", source)}
-    backbone = "not needed"
-    context = make_context(root, "merged", made_up_data(kind), kind, inputs, backbone=backbone)
+    context = make_context(root, "merged", made_up_data(kind), kind, inputs, backbone=NOT_NEEDED)
     return MergeLora().run(context, MergeLoraConfig())
 
 
@@ -76,7 +78,7 @@ def test_the_merged_checkpoint_is_the_adapted_network(tmp_path: Path, trained: t
     assert digest_files(source) == before
     merged = load_checkpoint(tmp_path / "merged" / "checkpoint")
     adapted = load_adapted(source / "base", source / "adapter")
-    context = make_context(tmp_path, "other", made_up_data(kind), kind, backbone="not needed")
+    context = make_context(tmp_path, "other", made_up_data(kind), kind, backbone=NOT_NEEDED)
     inputs = real_inputs(context, merged, 12)
     base = load_checkpoint(source / "base").model
     with torch.inference_mode():
