@@ -130,7 +130,7 @@ def shipped_candidates(evidence: Mapping[str, Any], include: str) -> list[dict[s
     Raises:
         IntegrityError: validate chose none, or one that did not pass.
     """
-    entries = [entry for entry in evidence["candidates"] if entry["passed"]]
+    entries = [entry for entry in evidence["candidates"] if entry["passed"] and not entry["over_limits"]]
     chosen = [entry for entry in entries if entry["name"] == evidence["chosen"]]
     if len(chosen) != 1:
         raise IntegrityError(

@@ -66,6 +66,10 @@ class TextProcessing:
             "attention_mask": np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64),
         }
 
+    def count_truncated(self, contents: Sequence[Content]) -> int:
+        """How many of the texts are longer than `max_length` tokens."""
+        return sum(bool(encoding.overflowing) for encoding in self.tokenizer.encode_batch(list(contents)))
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write `tokenizer.json`; the declarative form names it."""
         (folder / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")

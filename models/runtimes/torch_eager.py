@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from models.errors import RuntimeInferenceError
+from models.runtimes.onnxruntime_session import describe
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
@@ -39,10 +42,13 @@ class TorchEager:
         torch.set_num_threads(self.threads_before)
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; the single output has the name that the I/O spec gives it."""
+        """Run once; the single output has the name that the I/O spec gives it. Raises `RuntimeInferenceError`."""
         import torch
 
-        with torch.inference_mode():
-            tensors = [torch.from_numpy(inputs[tensor.name]).to(self.device) for tensor in self.io.inputs]
-            output = self.model(*tensors)
+        try:
+            with torch.inference_mode():
+                tensors = [torch.from_numpy(inputs[tensor.name]).to(self.device) for tensor in self.io.inputs]
+                output = self.model(*tensors)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise RuntimeInferenceError(f"the PyTorch network failed on {describe(inputs)}: {error}") from error
         return {self.io.outputs[0].name: output.float().cpu().numpy().copy()}

@@ -140,9 +140,22 @@ class Facts:
         return next((candidate for candidate in self.candidates if candidate.chosen), None)
 
     @cached_property
-    def left_out(self) -> list[dict[str, Any]]:
-        """The candidates that quantize left out, with the reason."""
-        return [item for item in records(self.measured("quantize").get("candidates")) if item.get("accepted") is False]
+    def left_out(self) -> list[tuple[str, str, str]]:
+        """(stage, candidate, reason): outside quantize's budget, or above a limit of validate."""
+        none = "no reason recorded"
+        found = [
+            ("quantize", str(item.get("name") or ""), str(item.get("reason") or none))
+            for item in records(self.measured("quantize").get("candidates"))
+            if item.get("accepted") is False
+        ]
+        for item in records(self.measured("validate").get("candidates")):
+            found += [("validate", str(item.get("name") or ""), str(why)) for why in sequence(item.get("over_limits"))]
+        return found
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes used the cores while times were measured."""
+        return self.measured("validate").get("disturbed") is True
 
     @cached_property
     def notes(self) -> list[tuple[str, str]]:
@@ -208,7 +221,8 @@ class Facts:
             parts[0] += f" ({format_points(chosen.difference)} against PyTorch"
             parts[0] += f", interval {format_interval(chosen.interval)})" if chosen.interval else ")"
         if chosen.speedup is not None:
-            parts.append(f"{format_ratio(chosen.speedup)} the speed of PyTorch")
+            unreliable = " (unreliable: the machine was busy)" if self.disturbed else ""
+            parts.append(f"{format_ratio(chosen.speedup)} the speed of PyTorch{unreliable}")
         if (share := self.size_share) is not None:
             parts.append(f"{share:.0%} of its size ({format_bytes(chosen.size_bytes)})")
         over = f" on {samples:,.0f} held-out examples" if samples else ""

@@ -104,7 +104,8 @@ def key_figures(facts: Facts) -> Html:
             (
                 "Speed",
                 format_ratio(chosen.speedup),
-                f"{format_ms(chosen.p50_ms)} against {format_ms(number(reference.get('latency_ms_p50')))}",
+                f"{format_ms(chosen.p50_ms)} against {format_ms(number(reference.get('latency_ms_p50')))}"
+                + (", on a busy machine" if facts.disturbed else ""),
             ),
             ("Size", format_bytes(chosen.size_bytes), f"{share:.0%} of PyTorch" if share else ""),
             ("Agreement", format_percent(chosen.agreement), "same answer as PyTorch"),
@@ -177,14 +178,10 @@ def candidates_section(facts: Facts) -> Html:
         hint = f"{measured}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
         parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
     if facts.left_out:
-        parts.append(element("p", "Left out by quantize:", class_="hint"))
+        parts.append(element("p", "Left out:", class_="hint"))
         rows = [
-            element(
-                "li",
-                element("strong", item.get("name", "")),
-                f": {shorten(item.get('reason') or 'no reason recorded', 300)}",
-            )
-            for item in facts.left_out
+            element("li", element("strong", name), f" (by {stage}): {shorten(reason, 300)}")
+            for stage, name, reason in facts.left_out
         ]
         parts.append(element("ul", *rows, class_="notes"))
     return join(parts)

@@ -112,9 +112,8 @@ def candidates(facts: Facts) -> str:
         heads = ("Candidate", "Accuracy", "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size", "Gates")
         parts.append("### Candidates\n\n" + table(heads, rows, range(1, 8)))
     parts += [
-        f"Left out by quantize: **{markdown_text(item.get('name'), 60)}**: "
-        + markdown_text(item.get("reason") or "no reason recorded", 300)
-        for item in facts.left_out[:10]
+        f"Left out by {stage}: **{markdown_text(name, 60)}**: {markdown_text(reason, 300)}"
+        for stage, name, reason in facts.left_out[:10]
     ]
     return "\n\n".join(parts)
 

@@ -2,14 +2,14 @@
 
 Reads: the train and validation splits, the backbone's weights.
 Writes: `base/` and `adapter/` (lora), or `checkpoint/`; `history.json`.
-Gates: the validation accuracy beats the majority class; training does not fall below the probe it
-started from.
-Fails when: the loss is NaN, memory runs out, or an adapter is left untrained.
+Gates: training stays finite; the validation accuracy beats the majority class; training does not fall below the
+probe it started from.
+Fails when: memory runs out, or an adapter is left untrained.
 """
 
 from __future__ import annotations
 
-import time
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,10 +93,24 @@ class FinetuneConfig(StageConfig):
         default=None, ge=16, description="Side of the input image (pixels). Default: the backbone's."
     )
     max_length: int | None = Field(default=None, ge=4, description="Longest text (tokens). Default: 128.")
-    augment: Literal["none", "flip"] = Field(default="flip", description="flip mirrors half of the training images.")
+    augment: Literal["none", "flip"] = Field(
+        default="flip",
+        description="flip mirrors half of the images in training; none where left and right differ (digits, text).",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of training (number). Default: every core this process may use."
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that prepare training examples (number). Default: 0 on a CPU, up to 4 beside a GPU.",
+    )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Settings of the adapters.")
     min_gain_over_majority: float = Field(
-        default=0.01, description="Gate: validation accuracy above the majority class by this much (accuracy)."
+        default=0.01,
+        ge=0,
+        description="Gate: validation accuracy above the majority class by this much, or half of the way to 1 where "
+        "that is less (accuracy).",
     )
     max_drop_from_probe: float = Field(
         default=0.01, ge=0, description="Gate: training may end this much below its own linear probe (accuracy)."
@@ -123,8 +137,7 @@ class Finetune:
 
     def run(self, context: StageContext, config: FinetuneConfig) -> StageResult:
         """Probe, then train where the strategy asks for it."""
-        started = time.monotonic()
-        seed_everything(context)
+        seed_everything(context, config)
         setup = build(context, config)
         probe = None
         if setup.strategy == "feature-extraction" or config.initial_head == "probe":
@@ -135,11 +148,10 @@ class Finetune:
         else:
             trained = run_training(setup, context, config)
         measurements = describe_result(setup, probe, trained, context)
-        measurements["seconds"] = round(time.monotonic() - started, 2)
         # Without the seconds: the same training gives the same bytes, so nothing that follows runs again.
         epochs = [{key: entry[key] for key in entry if key != "seconds"} for entry in measurements["history"]]
         write_json(context.output / "history.json", {"epochs": epochs})
-        gates = check(measurements, probe, trained, config, len(context.data["validation"]))
+        gates = check(measurements, config)
         return StageResult(gates, measurements, tuple(notes_of(measurements)))
 
 
@@ -160,13 +172,18 @@ class Setup:
         save_checkpoint(context.output / name, model.to("cpu"), self.spec, self.processing)
 
 
-def seed_everything(context: StageContext) -> None:
+def seed_everything(context: StageContext, config: FinetuneConfig) -> None:
     """Seed Python, numpy and torch; name the number of threads."""
     import torch
     from transformers import set_seed
 
-    torch.set_num_threads(context.threads)
+    torch.set_num_threads(config.threads or usable_cores())
     set_seed(context.seed)
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build(context: StageContext, config: FinetuneConfig) -> Setup:
@@ -219,9 +236,9 @@ def run_probe(setup: Setup, context: StageContext) -> Probe:
 
 
 def run_training(setup: Setup, context: StageContext, config: FinetuneConfig) -> Trained:
-    """Train adapters or all weights; write the result."""
+    """Train adapters or all weights; write the result, unless training diverged."""
     from models.adapters import LoraSettings, inject_lora, save_adapter, untrained_adapters
-    from stages.finetune.training import train
+    from stages.finetune.training import Diverged, Trained, train
 
     plan = make_plan(setup, context, config)
     network: Any = setup.model
@@ -229,7 +246,11 @@ def run_training(setup: Setup, context: StageContext, config: FinetuneConfig) ->
         setup.save(context, setup.model, "base")
         settings = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.dropout)
         network = inject_lora(setup.model.to("cpu"), settings, example_inputs(setup, context))
-    trained = train(network, setup.processing, context.data["train"], context.data["validation"], plan, context)
+    try:
+        trained = train(network, setup.processing, context.data["train"], context.data["validation"], plan, context)
+    except Diverged as error:
+        context.log.error("%-10s training diverged: %s", "", error)
+        return Trained(plan, 0, None, [], str(error))
     network = network.to("cpu")
     if setup.strategy != "lora":
         setup.save(context, network)
@@ -269,8 +290,14 @@ def make_plan(setup: Setup, context: StageContext, config: FinetuneConfig) -> Tr
         precision=config.precision,
         flip=config.augment == "flip",
         freeze_batchnorm=setup.strategy == "lora",
+        workers=default_workers(context.device) if config.workers is None else config.workers,
         seed=context.seed,
     )
+
+
+def default_workers(device: str) -> int:
+    """On a CPU training itself wants the cores; a GPU waits for pictures to be decoded."""
+    return 0 if device == "cpu" else min(4, usable_cores() - 1)
 
 
 def describe_result(
@@ -289,11 +316,13 @@ def describe_result(
         "probe_validation_accuracy": probe.validation_accuracy if probe else None,
         "probe_regularizations": probe.table if probe else [],
         "best_epoch": trained.best_epoch if trained else 0,
+        "diverged": trained.diverged if trained else None,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "backbone_learning_rate": trained.plan.backbone_learning_rate if trained else None,
         "head_learning_rate": trained.plan.head_learning_rate if trained else None,
         "samples": {name: len(context.data[name]) for name in ("train", "validation")},
+        "truncated": count_truncated(setup.processing, context),
         "history": trained.history if trained else [],
     }
 
@@ -307,22 +336,35 @@ def count_parameters(setup: Setup) -> tuple[int, int]:
     return sum(one.numel() for _, one in parameters if one.requires_grad), total
 
 
-def check(
-    measured: dict[str, Any], probe: Probe | None, trained: Trained | None, config: FinetuneConfig, samples: int
-) -> tuple[GateResult, ...]:
+def count_truncated(processing: Processing, context: StageContext) -> int:
+    """How many training texts are longer than the network is shown; 0 for images."""
+    from models.modalities.text import TextProcessing
+
+    texts = [one.content for one in context.data["train"]]
+    return processing.count_truncated(texts) if isinstance(processing, TextProcessing) else 0
+
+
+def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult, ...]:
     """The stage's gates."""
-    accuracy = measured["validation_accuracy"]
-    threshold = measured["majority_baseline"] + config.min_gain_over_majority
+    accuracy, probe = measured["validation_accuracy"], measured["probe_validation_accuracy"]
+    majority, samples = measured["majority_baseline"], measured["samples"]["validation"]
+    trained = measured["strategy"] != "feature-extraction"
+    # A rare class leaves little room: half of it must be enough, or a perfect network fails.
+    threshold = min(majority + config.min_gain_over_majority, (1 + majority) / 2)
     gates = [
         Gate("beats the majority class", "at least", threshold, "accuracy").check(
-            "network", accuracy, samples, f"the majority class alone gives {measured['majority_baseline']:.3f}"
+            "network", accuracy, samples, f"the majority class alone gives {majority:.3f}"
         )
     ]
-    if probe and trained:
-        floor = probe.validation_accuracy - config.max_drop_from_probe
+    if trained:
+        diverged = measured["diverged"]
+        finite = Gate("training stays finite", "at most", 0.0, "losses that are NaN or infinite")
+        gates.insert(0, finite.check("network", float(bool(diverged)), detail=diverged or ""))
+    if trained and probe is not None:
+        floor = probe - config.max_drop_from_probe
         gates.append(
             Gate("not below its linear probe", "at least", floor, "accuracy").check(
-                "network", accuracy, samples, f"the probe gives {probe.validation_accuracy:.3f}"
+                "network", accuracy, samples, f"the probe gives {probe:.3f}"
             )
         )
     return tuple(gates)
@@ -330,8 +372,16 @@ def check(
 
 def notes_of(measured: dict[str, Any]) -> list[str]:
     """What a person should read."""
+    if measured["diverged"]:
+        return [f"training diverged: {measured['diverged']}"]
     share = measured["trainable_parameters"] / measured["total_parameters"]
     line = f"{measured['strategy']}: validation accuracy {measured['validation_accuracy']:.4f}"
     if measured["probe_validation_accuracy"] is not None:
         line += f" (probe {measured['probe_validation_accuracy']:.4f}, majority {measured['majority_baseline']:.4f})"
-    return [f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"]
+    notes = [f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"]
+    if measured["truncated"]:
+        notes.append(
+            f"{measured['truncated']} of {measured['samples']['train']} training texts are longer than "
+            "finetune.max_length and were cut"
+        )
+    return notes

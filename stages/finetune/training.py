@@ -41,17 +41,27 @@ class TrainingPlan:
     precision: str
     flip: bool
     freeze_batchnorm: bool
+    workers: int
     seed: int
+
+
+class Diverged(Exception):
+    """The loss is NaN or infinite. Not an error of the pipeline: finetune makes a failed gate of it."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave: the network holds the weights of `best_epoch`."""
+    """What training gave: the network holds the weights of `best_epoch`, unless it `diverged` (why, in words)."""
 
     plan: TrainingPlan
     best_epoch: int
-    validation_accuracy: float
+    validation_accuracy: float | None
     history: list[dict[str, float]]
+    diverged: str | None = None
 
 
 class ExampleDataset:
@@ -115,7 +125,8 @@ def train(
     """Train, evaluate after each epoch, and leave the network at its best epoch. Resumes by itself.
 
     Raises:
-        TrainingError: the loss is not finite, memory ran out, or PyTorch refused a step.
+        Diverged: the loss is not finite.
+        TrainingError: memory ran out, or PyTorch refused a step.
     """
     folder = context.resume / "trainer"
     recorder = Recorder(context.resume, plan)
@@ -124,7 +135,8 @@ def train(
     if last:
         context.log.info("%-10s resumes at %s", "", last.name)
     if not (last and recorder.should_stop()):
-        steps = steps_per_epoch(len(examples), plan.batch_size) * plan.epochs
+        done = int(last.name.rpartition("-")[2]) if last else 0
+        steps = steps_per_epoch(len(examples), plan.batch_size) * plan.epochs - done
         with context.progress.task("training", steps) as advance, translated_errors(plan):
             recorder.advance = advance
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -196,16 +208,19 @@ class Recorder:
         self.history: list[dict[str, float]] = json.loads(file.read_text()) if file.is_file() else []
         self.epoch_started = time.monotonic()
         self.losses: list[float] = []
+        self.step = 0
 
     def see_loss(self, loss: float, step: int) -> None:
-        """Raises `TrainingError` where the loss is not finite."""
+        """Raises `Diverged` where the loss is not finite."""
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {step}: training diverged at learning rates "
-                f"{self.plan.backbone_learning_rate:g} (backbone) and {self.plan.head_learning_rate:g} (head); "
-                "try rates ten times lower (finetune.backbone_learning_rate, finetune.head_learning_rate)"
+            raise Diverged(
+                f"the loss is {loss} at step {step}, at learning rates {self.plan.backbone_learning_rate:g} (backbone) "
+                f"and {self.plan.head_learning_rate:g} (head); try rates ten times lower "
+                "(finetune.backbone_learning_rate, finetune.head_learning_rate)",
+                step,
             )
         self.losses.append(loss)
+        self.step = step
 
     def see_epoch(self, epoch: int, metrics: dict[str, float], model: torch.nn.Module) -> None:
         """Record an evaluation; keep the weights when they are the best so far."""
@@ -223,9 +238,7 @@ class Recorder:
             "seconds": round(time.monotonic() - self.epoch_started, 2),
         }
         if not math.isfinite(entry["validation_loss"]):
-            raise TrainingError(
-                f"the validation loss is {entry['validation_loss']} after epoch {epoch}: training diverged"
-            )
+            raise Diverged(f"the validation loss is {entry['validation_loss']} after epoch {epoch}", self.step)
         if not self.history or rank_of(entry) > max(rank_of(one) for one in self.history):
             # Cloned, because safetensors refuses tied weights that share memory.
             state = {
@@ -334,9 +347,6 @@ def make_trainer(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             recorder.advance(1)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            recorder.advance(state.global_step)
-
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             recorder.epoch_started = time.monotonic()
 
@@ -379,7 +389,7 @@ def make_trainer(
         use_cpu=context.device == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        dataloader_num_workers=0,
+        dataloader_num_workers=plan.workers,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel would take every GPU, and multiply the batch size
     groups = parameter_groups(model, plan)

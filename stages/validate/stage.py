@@ -2,8 +2,9 @@
 
 Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split.
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen.
-Gates: outputs that can be compared, accuracy drop, agreement, numeric error by precision, and limits on
-latency and size where set; for each candidate. No evidence is never a pass.
+Gates: enough samples; for each candidate outputs that can be compared, accuracy drop, agreement and numeric
+error by precision; a candidate inside the limits on latency and size, where they are set. No evidence is never a
+pass.
 Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
 """
 
@@ -30,6 +31,7 @@ from stages.base import (
 )
 from stages.candidates import Candidate, read_candidates
 from stages.gate import Gate, GateResult
+from stages.validate.latency import OtherWork, is_disturbed, speedup_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +51,15 @@ OBJECTIVES = {"latency": "latency_ms_p50", "size": "size_bytes", "accuracy": "ac
 
 
 class GatesConfig(StageConfig):
-    """What a release must hold. Every gate is checked for every candidate."""
+    """What a release must hold. Every candidate must be true to the reference; a candidate above a limit on latency
+    or size is left out of the choice, and one must remain."""
 
+    min_samples: int = Field(
+        default=100,
+        ge=1,
+        description="Fewest test samples that count as evidence (number). 100 see a drop of 6.5 "
+        "points where one answer in twenty flips; a drop of 1 point takes thousands.",
+    )
     max_metric_drop: float = Field(
         default=0.01, ge=0, description="Largest drop of the accuracy below the reference (accuracy, 0.01 = 1 point)."
     )
@@ -80,10 +89,10 @@ class GatesConfig(StageConfig):
         "every class and the accuracy, have 6 dB.",
     )
     max_latency_ms: float | None = Field(
-        default=None, gt=0, description="Largest p95 latency at batch 1 on this machine (milliseconds)."
+        default=None, gt=0, description="Limit: largest p95 latency at batch 1 on this machine (milliseconds)."
     )
     max_size_bytes: int | None = Field(
-        default=None, gt=0, description="Largest model, with its external weights (bytes)."
+        default=None, gt=0, description="Limit: largest model, with its external weights (bytes)."
     )
 
 
@@ -131,15 +140,19 @@ class Validate:
         checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
         candidates = accepted_candidates(context)
         outputs = all_outputs(context, config, checkpoint, candidates)
-        timings = all_timings(context, config, checkpoint, candidates)
+        with OtherWork() as others:
+            timings = all_timings(context, config, checkpoint, candidates)
         evidence = assemble(context, checkpoint, candidates, outputs, timings)
-        gates: list[GateResult] = []
+        evidence |= {"other_work_cores": others.cores, "disturbed": is_disturbed(others.cores, context.threads)}
+        enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
+        gates = [enough.check("test split", float(evidence["samples"]))]
         for entry in evidence["candidates"]:
             results = check(entry, config.gates, evidence["samples"])
             entry["passed"] = all(result.passed for result in results)
+            entry["over_limits"] = over_limits(entry, config.gates)
             gates += results
         chosen = choose(evidence["candidates"], config.objective)
-        gates.append(Gate("a candidate can ship", "at least", 1.0, "candidates").check("validate", float(bool(chosen))))
+        gates += choice_gates(evidence["candidates"], chosen, config.gates)
         evidence |= {"objective": config.objective, "chosen": chosen, "confusion": confusion(chosen, outputs, context)}
         write_json(context.output / EVIDENCE, evidence | {"gates": [gate.to_dict() for gate in gates]})
         return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))
@@ -190,7 +203,7 @@ def all_outputs(
 
 def all_timings(
     context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, candidates: list[Measured]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Latency and throughput of the reference and every candidate, with equal threads, in turns."""
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
@@ -215,7 +228,7 @@ def assemble(
     checkpoint: Checkpoint,
     candidates: list[Measured],
     outputs: dict[str, Outputs],
-    timings: dict[str, dict[str, float]],
+    timings: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Everything that was measured, as plain values."""
     from stages.validate.metrics import compare
@@ -225,7 +238,8 @@ def assemble(
     entries = []
     for one in candidates:
         times = timings.get(one.candidate.name, dict.fromkeys(TIMES))
-        before, after = reference_times["latency_ms_p50"], times["latency_ms_p50"]
+        before, after = reference_times["turns_ms"], times["turns_ms"]
+        speedup, interval = speedup_of(before, after) if before and after else (None, None)
         entries.append(
             {
                 "name": one.candidate.name,
@@ -237,7 +251,8 @@ def assemble(
                 "size_bytes": sum(one.artifact.file(name).stat().st_size for name in one.files),
                 **compare(outputs[one.candidate.name], outputs[REFERENCE], labels),
                 **times,
-                "speedup": before / after if before and after else None,
+                "speedup": speedup,
+                "speedup_interval": interval,
             }
         )
     weights = context.inputs["merge-lora"].file("checkpoint/model.safetensors")
@@ -256,7 +271,7 @@ def assemble(
     }
 
 
-TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s")
+TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s", "turns_ms")
 """The keys of a runtime's timings; None where there was no sample to run."""
 
 
@@ -284,24 +299,48 @@ def check(entry: dict[str, Any], gates: GatesConfig, samples: int) -> list[GateR
     if precision in limits:
         gate = Gate("logit error", "at most", limits[precision], "of the logit range")
         results.append(gate.check(name, entry["relative_error"], samples))
+    return results
+
+
+def limits_of(gates: GatesConfig) -> list[tuple[str, Gate]]:
+    """(what is measured, its limit) for the limits that are set."""
+    limits = []
     if gates.max_latency_ms is not None:
-        results.append(Gate("p95 latency", "at most", gates.max_latency_ms, "ms").check(name, entry["latency_ms_p95"]))
+        limits.append(("latency_ms_p95", Gate("p95 latency", "at most", gates.max_latency_ms, "ms")))
     if gates.max_size_bytes is not None:
-        results.append(Gate("size", "at most", gates.max_size_bytes, "bytes").check(name, float(entry["size_bytes"])))
+        limits.append(("size_bytes", Gate("size", "at most", gates.max_size_bytes, "bytes")))
+    return limits
+
+
+def over_limits(entry: dict[str, Any], gates: GatesConfig) -> list[str]:
+    """The limits that a candidate does not keep, in words: it may be a good network and still not the one to ship."""
+    found = [gate.check(entry["name"], entry[key]) for key, gate in limits_of(gates)]
+    return [f"{result.name}: {result.message}" for result in found if not result.passed]
+
+
+def choice_gates(entries: list[dict[str, Any]], chosen: str | None, gates: GatesConfig) -> list[GateResult]:
+    """A candidate is left to ship, and it keeps the limits."""
+    reasons = [f"{entry['name']}: {'; '.join(entry['over_limits'])}" for entry in entries if entry["over_limits"]]
+    gate = Gate("a candidate can ship", "at least", 1.0, "candidates")
+    results = [gate.check("validate", float(bool(chosen)), detail="" if chosen else ". ".join(reasons))]
+    for entry in entries:
+        if entry["name"] == chosen:
+            results += [limit.check(entry["name"], entry[key]) for key, limit in limits_of(gates)]
     return results
 
 
 def choose(entries: list[dict[str, Any]], objective: str) -> str | None:
-    """The best of those that passed; of equals the faster, then the smaller one. None where none passed."""
+    """The best of those that passed and keep the limits; of equals the faster, then the smaller one. None where there
+    is none."""
     sign = -1 if objective == "accuracy" else 1
-    passed = [entry for entry in entries if entry["passed"]]
-    if not passed:
+    eligible = [entry for entry in entries if entry["passed"] and not entry["over_limits"]]
+    if not eligible:
         return None
 
     def rank(entry: dict[str, Any]) -> tuple[float, float, float]:
         return sign * entry[OBJECTIVES[objective]], entry["latency_ms_p50"], entry["size_bytes"]
 
-    return str(min(passed, key=rank)["name"])
+    return str(min(eligible, key=rank)["name"])
 
 
 def confusion(chosen: str | None, outputs: dict[str, Outputs], context: StageContext) -> list[list[int]]:
@@ -329,5 +368,11 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"{entry['name']}: accuracy {entry['accuracy']:.4f} ({entry['accuracy_difference']:+.4f}; drops of "
             f"{entry['smallest_visible_drop']:.4f} or more would show), agreement {entry['agreement']:.4f}, "
             f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
+        )
+        lines += [f"{entry['name']} is left out: {reason}" for reason in entry["over_limits"]]
+    if evidence["disturbed"]:
+        lines.append(
+            f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
+            f"{evidence['threads']} threads that were measured"
         )
     return [*lines, f"chosen for {evidence['objective']}: {evidence['chosen'] or 'none'}"]

@@ -50,6 +50,6 @@ def smallest_visible_drop(flip_share: float, samples: int) -> float:
     """The accuracy drop that a paired non-inferiority test of this size sees with 90 % power at α = .05.
 
     n = 8.56 ψ / m², with ψ the share of samples whose correctness flips and m the margin, solved for m;
-    with no flip seen, ψ is bounded by 3 / n (the rule of three).
+    with no flip seen, ψ is bounded by 3 / n (the rule of three). At most 1: a handful of samples sees nothing.
     """
-    return math.sqrt(8.56 * max(flip_share, 3 / samples) / samples)
+    return min(1.0, math.sqrt(8.56 * max(flip_share, 3 / samples) / samples))

@@ -94,7 +94,7 @@ def test_another_spelling_of_the_backbones_folder_changes_nothing(finished: Path
 def test_exit_1_keeps_everything_to_look_at(project: Path) -> None:
     done = pipeline("all", "--set", "validate.gates.max_size_bytes=10", cwd=project)
     assert done.returncode == 1
-    assert "gate size failed for onnx-fp32" in done.stderr
+    assert "gate a candidate can ship failed" in done.stderr and "is above 10 bytes" in done.stderr
     record = record_of(project)
     statuses = {stage["name"]: stage["status"] for stage in record["stages"]}
     assert record["status"] == "gate-failed" and statuses["validate"] == "gate-failed"
@@ -104,6 +104,21 @@ def test_exit_1_keeps_everything_to_look_at(project: Path) -> None:
     assert cases.findall(".//failure")
     again = pipeline("all", "--set", "validate.gates.max_size_bytes=10", cwd=project)
     assert again.returncode == 1  # fresh, and still a failure
+
+
+def test_a_limit_chooses_among_the_candidates(project: Path) -> None:
+    fp16 = (project / RUN / "export/onnx-fp16.onnx").stat().st_size
+    done = pipeline("all", "--set", f"validate.gates.max_size_bytes={fp16}", cwd=project)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((project / RUN / "package/bundle/bundle.json").read_text())
+    assert manifest["chosen"] != "onnx-fp32"
+    report = (project / RUN / "report.md").read_text(encoding="utf-8")
+    assert "Left out by validate: **onnx-fp32**" in report
+
+
+def test_a_gate_that_a_candidate_fails_ends_the_run(project: Path) -> None:
+    done = pipeline("all", "--set", "validate.gates.min_sqnr_db=500", cwd=project)
+    assert done.returncode == 1 and "gate SQNR failed for onnx-fp32" in done.stderr
 
 
 def test_exit_4_names_the_corrupt_image_and_skip_goes_on(project: Path) -> None:

@@ -110,7 +110,7 @@ def validated(task: Task) -> dict[str, Artifact]:
     folder = temporary_folder()
     # The labels are made up, so the accuracy may move by the flips that INT8 makes.
     config = ValidateConfig.model_validate(
-        {"latency_calls": 20, "gates": {"max_metric_drop": 0.2, "min_agreement_int8": 0.8}}
+        {"latency_calls": 20, "gates": {"min_samples": 24, "max_metric_drop": 0.2, "min_agreement_int8": 0.8}}
     )
     result = Validate().run(context_of(folder, made(task), task), config)
     assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from models.modalities import Processing
 from stages.artifact import digest_files
 from stages.data.splits import DataSplits
 from stages.finetune import Finetune, FinetuneConfig
+from stages.finetune.stage import check
 from stages.inputs import batches
 from tests.stages.small_run import images, made_up_data, make_context, split_of
 
@@ -144,10 +146,33 @@ def test_adapters_on_random_weights_are_refused_by_the_configuration() -> None:
         FinetuneConfig(strategy="lora", from_scratch=True)
 
 
-def test_divergence_names_the_rates(tmp_path: Path, data: DataSplits) -> None:
-    config = FinetuneConfig(strategy="lora", backbone_learning_rate=1e30, head_learning_rate=1e30, **EPOCHS)
-    with pytest.raises(TrainingError, match=r"diverged.*1e\+30 \(backbone\)"):
-        Finetune().run(make_context(tmp_path, "out", data), config)
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_divergence_fails_a_gate_is_said_aloud_and_leaves_no_weights(
+    tmp_path: Path, data: DataSplits, strategy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = FinetuneConfig(strategy=strategy, backbone_learning_rate=1e30, head_learning_rate=1e30, **EPOCHS)
+    result = Finetune().run(make_context(tmp_path, "out", data), config)
+    gates = {gate.name: gate for gate in result.gates}
+    assert not gates["training stays finite"].passed and "1e+30 (backbone)" in gates["training stays finite"].message
+    assert not gates["beats the majority class"].passed  # nothing was measured, which is no evidence
+    assert "training diverged" in caplog.text
+    assert not (tmp_path / "out/adapter").exists() and not (tmp_path / "out/checkpoint").exists()
+
+
+def test_a_perfect_network_passes_where_the_majority_is_nearly_all() -> None:
+    measured = {
+        "strategy": "feature-extraction", "validation_accuracy": 1.0, "probe_validation_accuracy": 1.0,
+        "majority_baseline": 0.995, "samples": {"validation": 400}, "diverged": None,
+    }  # fmt: skip
+    assert all(gate.passed for gate in check(measured, FinetuneConfig()))
+    assert not all(gate.passed for gate in check({**measured, "validation_accuracy": 0.995}, FinetuneConfig()))
+
+
+def test_texts_that_are_cut_are_counted(tmp_path: Path) -> None:
+    config = FinetuneConfig(strategy="feature-extraction", max_length=5)
+    result = Finetune().run(make_context(tmp_path, "out", made_up_data("text"), "text"), config)
+    assert result.measurements["truncated"] == 24  # five words and two framing tokens each
+    assert "24 of 24 training texts are longer than finetune.max_length" in result.notes[1]
 
 
 def test_adapters_that_never_move_are_an_error(tmp_path: Path, data: DataSplits) -> None:

@@ -18,6 +18,7 @@ from stages.finetune import Finetune, FinetuneConfig
 from stages.finetune.probe import fit_probe, score_head
 from stages.finetune.training import (
     COMPLETE,
+    Diverged,
     Recorder,
     TrainingPlan,
     drop_last,
@@ -32,7 +33,7 @@ from tests.stages.small_run import StoppingProgress, made_up_data, make_context
 CONFIG = FinetuneConfig(strategy="lora", epochs=2, batch_size=8)
 PLAN = TrainingPlan(
     epochs=5, batch_size=8, backbone_learning_rate=1e-4, head_learning_rate=1e-3, weight_decay=0.01,
-    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, freeze_batchnorm=False, seed=0,
+    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, freeze_batchnorm=False, workers=0, seed=0,
 )  # fmt: skip
 
 
@@ -151,10 +152,11 @@ def test_best_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_validation_loss_that_is_not_finite_is_divergence(tmp_path: Path, loss: float) -> None:
     recorder = Recorder(tmp_path, PLAN)
-    with pytest.raises(TrainingError, match="diverged"):
+    with pytest.raises(Diverged, match="after epoch 1"):
         see(recorder, nn.Linear(2, 2), 1, 0.9, loss)
-    with pytest.raises(TrainingError, match="diverged"):
+    with pytest.raises(Diverged, match="at step 3, at learning rates") as caught:
         recorder.see_loss(loss, 3)
+    assert caught.value.step == 3
 
 
 def test_rates_and_weight_decay_by_group() -> None:
