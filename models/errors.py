@@ -26,6 +26,8 @@ class PipelineError(Exception):
     """Base of every error that this project raises on purpose."""
 
     exit_code = 4
+    on_stdout = False
+    """Whether `--json` has printed it as part of a record."""
 
 
 @dataclass(frozen=True)

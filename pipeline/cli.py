@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from models.errors import ConfigError, PipelineError, Problem
+from models.errors import ConfigError, MissingCapabilityError, PipelineError, Problem
 from stages import STAGES
 
 if TYPE_CHECKING:
@@ -129,11 +129,25 @@ def run_stages(
     if dry_run:
         print_plan(runner, names, as_json)
         return
-    status = None
     try:
         status = runner.run(names)
-    finally:
-        print_result(runner, status, as_json, quiet)
+    except ConfigError:
+        raise
+    except PipelineError as error:
+        if as_json:
+            print_json(runner.run_record("failed"))
+            error.on_stdout = True
+        raise
+    except KeyboardInterrupt:
+        if as_json:
+            print_json(runner.run_record("interrupted"))
+        raise
+    if as_json:
+        print_json(runner.run_record(status))
+    elif not quiet:
+        from pipeline.terminal import print_summary
+
+        print_summary(runner.run_record(status), runner.run_dir)
     if status == "gate-failed":
         raise typer.Exit(EXIT_GATE_FAILED)
 
@@ -142,21 +156,15 @@ def print_plan(runner: Runner, names: list[str], as_json: bool) -> None:
     """What would run, what is fresh, and why."""
     plan = runner.plan(names)
     if as_json:
-        typer.echo(json.dumps([vars(decision) for decision in plan], indent=2))
+        print_json([vars(decision) for decision in plan])
         return
     for decision in plan:
         typer.echo(f"{decision.stage:<12}{'fresh' if decision.fresh else 'runs':<7}{decision.reason}")
 
 
-def print_result(runner: Runner, status: str | None, as_json: bool, quiet: bool) -> None:
-    """The record of the run as JSON, or a short table and where things are."""
-    record = runner.run_record(status or "failed")  # type: ignore[arg-type]
-    if as_json:
-        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
-    elif not quiet and status is not None:
-        from pipeline.terminal import print_summary
-
-        print_summary(record, runner.run_dir)
+def print_json(value: Any) -> None:
+    """A value as JSON on standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -202,7 +210,7 @@ def predict(
                 {"input": item, "label": one.label, "score": one.score, "probabilities": one.probabilities}
                 for item, one in zip(map(str, contents), predictions, strict=True)
             ]
-            typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+            print_json(rows)
             return
         for item, one in zip(contents, predictions, strict=True):
             typer.echo(f"{one.label}\t{one.score:.4f}\t{item}")
@@ -221,7 +229,7 @@ def verify(
         report = opened.verify(threads=threads)
     if json_:
         rows = [{"name": check.name, "ok": check.ok, "message": check.message} for check in report.checks]
-        typer.echo(json.dumps({"ok": report.ok, "checks": rows}, indent=2))
+        print_json({"ok": report.ok, "checks": rows})
     else:
         for check in report.checks:
             typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.message}")
@@ -239,27 +247,28 @@ def show(
 
     description = describe(path)
     if json_:
-        typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        print_json(description)
     else:
         print_description(description)
 
 
 @app.command()
-def doctor(json_: JsonOption = False) -> None:
+def doctor(
+    edge: Annotated[bool, typer.Option("--edge", help="Only what predict and verify need.")] = False,
+    json_: JsonOption = False,
+) -> None:
     """What works on this machine, and the line that mends what does not."""
-    from pipeline.doctor import examine
+    from pipeline.doctor import examine, examine_edge
 
-    findings = examine()
+    findings = examine_edge() if edge else examine()
     if json_:
-        typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+        print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             typer.echo(f"{finding.state:<8}{finding.name:<26}{finding.message}")
             if finding.mend:
                 typer.echo(f"{'':<34}mend: {finding.mend}")
     if any(finding.state == "broken" for finding in findings):
-        from models.errors import MissingCapabilityError
-
         raise typer.Exit(MissingCapabilityError.exit_code)
 
 
@@ -268,30 +277,50 @@ def schema() -> None:
     """The JSON Schema of pipeline.yaml, for editors."""
     from pipeline.config import PipelineConfig
 
-    typer.echo(json.dumps(PipelineConfig.model_json_schema(), indent=2))
+    print_json(PipelineConfig.model_json_schema())
+
+
+def print_version(asked: bool) -> None:
+    """`pipeline --version`."""
+    if asked:
+        from importlib import metadata
+
+        typer.echo(f"pipeline {metadata.version('adapt-to-edge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code of the contract."""
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = app(args=arguments, standalone_mode=False)
     except ConfigError as error:
         typer.echo(f"error: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was run", err=True)
         for problem in error.problems:
             typer.echo(f"  {problem}", err=True)
+        if as_json:
+            print_json({"ok": False, "exit_code": error.exit_code, "problems": [vars(one) for one in error.problems]})
         return error.exit_code
     except PipelineError as error:
-        typer.echo(f"error: {error}", err=True)
-        return error.exit_code
+        return report_error(error, as_json)
     except ModuleNotFoundError as error:
-        from models.errors import MissingCapabilityError
-
-        typer.echo(f"error: the package {error.name!r} is not installed; `pipeline doctor` has the line", err=True)
-        return MissingCapabilityError.exit_code
+        return report_error(missing_package(error), as_json)
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
     except typer_usage_errors() as error:
         error.show()
+        if as_json:
+            problems = [{"place": "command line", "message": error.format_message(), "hint": ""}]
+            print_json({"ok": False, "exit_code": ConfigError.exit_code, "problems": problems})
         return ConfigError.exit_code
     except Exception:  # the outermost frame: Python's own exit code, 1, would read as "a gate failed"
         traceback.print_exc()
@@ -300,6 +329,24 @@ def run(arguments: list[str] | None = None) -> int:
     if result == EXIT_INTERRUPTED:  # typer itself turns an interrupt into this code, without a word
         typer.echo("interrupted; the same command goes on from here", err=True)
     return result if isinstance(result, int) else 0
+
+
+def report_error(error: PipelineError, as_json: bool) -> int:
+    """Say what went wrong, on standard error and with `--json` on standard output too; the exit code."""
+    typer.echo(f"error: {error}", err=True)
+    if as_json and not error.on_stdout:
+        print_json({"ok": False, "exit_code": error.exit_code, "error": str(error)})
+    return error.exit_code
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingCapabilityError:
+    """A library that is not installed, with the line that installs it."""
+    module = (error.name or "?").partition(".")[0]
+    package = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
+    return MissingCapabilityError(
+        f"the package {package} is not installed here. Install it: pip install {package}; "
+        "for everything that the stages need, in a clone: make env"
+    )
 
 
 def typer_usage_errors() -> type[Any]:

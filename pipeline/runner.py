@@ -178,12 +178,12 @@ class Runner:
         """What would run, without running it. A stage behind one that runs is said to follow it.
 
         Raises:
-            ConfigError: as `run` would.
-            PipelineError: the data cannot be used.
+            PipelineError: as `run` would: a stage before is stale, the data or the device cannot be used.
         """
         decisions: list[Decision] = []
         stale: set[str] = set()
         with translated_system_errors("plan", self.run_dir):
+            resolve_device(self.config.device)  # refused now as it would be then
             self.check_upstream(names)
             for name in names:
                 stage = load_stage(name)

@@ -63,6 +63,30 @@ def test_exit_2_on_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_json_says_what_went_wrong_on_standard_output(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text("task: nothing\nsead: 1\n")
+    done = pipeline("all", "--json", cwd=tmp_path)
+    problems = json.loads(done.stdout)["problems"]
+    assert done.returncode == 2 and len(problems) == 4
+    assert {"place", "message", "hint"} == set(problems[0]) and "pipeline.yaml:2 sead" in problems[-1]["place"]
+    (tmp_path / "bundle").mkdir()
+    for arguments, code in ((["verify", "bundle"], 4), (["show", "bundle"], 2), (["all", "--nothing"], 2)):
+        done = pipeline(*arguments, "--json", cwd=tmp_path)
+        assert done.returncode == code == json.loads(done.stdout)["exit_code"]
+
+
+def test_version() -> None:
+    done = pipeline("--version")
+    assert done.returncode == 0 and done.stdout.startswith("pipeline 0.")
+
+
+def test_a_missing_package_is_named_with_its_install_line() -> None:
+    from pipeline.cli import missing_package
+
+    assert "pip install scikit-learn;" in str(missing_package(ModuleNotFoundError(name="sklearn.linear_model")))
+    assert missing_package(ModuleNotFoundError(name="onnx_ir")).exit_code == 3
+
+
 def test_exit_2_when_the_file_is_missing(tmp_path: Path) -> None:
     done = pipeline("all", cwd=tmp_path)
     assert done.returncode == 2
@@ -75,11 +99,10 @@ def test_exit_3_when_cuda_is_asked_for_and_not_there(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     init_here(tmp_path)
-    done = pipeline("all", "--set", "device=cuda", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0 or done.returncode == 3
-    done = pipeline("all", "--set", "device=cuda", cwd=tmp_path)
-    assert done.returncode == 3
-    assert "device: auto" in done.stderr
+    for option in ("--dry-run", "--verbose"):
+        done = pipeline("all", "--set", "device=cuda", option, cwd=tmp_path)
+        assert done.returncode == 3
+        assert "device: auto" in done.stderr and "pip install torch" in done.stderr
 
 
 def test_exit_4_on_unusable_data(tmp_path: Path) -> None:
@@ -170,6 +193,8 @@ def test_doctor_says_when_two_runtimes_break_each_other(monkeypatch: pytest.Monk
     finding = doctor.examine_onnxruntime()
     assert finding.state == "broken"
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in finding.mend
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert doctor.examine_onnxruntime().mend.endswith("pip install onnxruntime")
 
 
 def test_show_refuses_what_is_nothing_of_ours(tmp_path: Path) -> None:

@@ -72,6 +72,34 @@ def test_settings_override_the_file_and_are_named_when_wrong(tmp_path: Path) -> 
         load_config(write(tmp_path, GOOD), ["nonsense"])
 
 
+def test_a_setting_of_an_unknown_section_is_named_as_a_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set finetun\.epochs=3 finetun: unknown key \(did you mean 'finetune'"):
+        load_config(write(tmp_path, GOOD), ["finetun.epochs=3"])
+
+
+def test_empty_sections_mean_their_defaults(tmp_path: Path) -> None:
+    config, _ = load_config(write(tmp_path, GOOD + "finetune:\n  lora:\nvalidate:\n"))
+    assert config == load_config(write(tmp_path, GOOD))[0]
+    with pytest.raises(ConfigError, match="data"):
+        load_config(write(tmp_path, "task: image-classification\nbackbone: timm:resnet18\ndata:\n"))
+
+
+def test_a_file_that_refers_to_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refers to itself"):
+        load_config(write(tmp_path, GOOD + "finetune: &x\n  lora: *x\n"))
+
+
+def test_paths_are_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project/photos").mkdir(parents=True)
+    (tmp_path / "elsewhere/others").mkdir(parents=True)
+    file = write(tmp_path / "project", GOOD.replace("demo:fashion-mnist", "photos"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config(file)[0].data.source == str(tmp_path / "project/photos")
+    assert load_config(file, ["data.source=others"])[0].data.source == "others"
+    monkeypatch.chdir(tmp_path / "project")
+    assert load_config(Path("pipeline.yaml"))[0].data.source == "photos"
+
+
 def test_not_yaml_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.yaml:2"):
         load_config(write(tmp_path, "task: [\nbackbone: }\n"))

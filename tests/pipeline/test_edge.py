@@ -191,4 +191,6 @@ def test_help_and_a_training_command_without_the_training_libraries(tmp_path: Pa
     assert on_a_device("--help").returncode == 0
     done = on_a_device("all", "-c", str(tmp_path / "pipeline.yaml"))
     assert done.returncode == 3
-    assert "is not installed; `pipeline doctor` has the line" in done.stderr
+    assert "is not installed here. Install it: pip install " in done.stderr
+    done = on_a_device("doctor", "--edge")
+    assert done.returncode == 0 and "CPUExecutionProvider" in done.stdout
