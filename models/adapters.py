@@ -93,7 +93,7 @@ def inject_lora(model: Classifier, settings: LoraSettings, inputs: Sequence[torc
 
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # fractions work as well
         lora_dropout=settings.dropout,
         target_modules=target_modules(model, inputs),
         modules_to_save=["task_head"],  # peft matches by suffix: "head" would catch timm's conv_head
@@ -168,7 +168,8 @@ def fold(adapted: PeftModel) -> Classifier:
         merged: Any = adapted.float().merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise MergeError(f"folding the adapter gave a broken weight: {error}; was the training stable?") from error
-    return merged.eval()
+    network: Classifier = merged.eval()
+    return network
 
 
 def untrained_adapters(adapted: nn.Module) -> list[str]:

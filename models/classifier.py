@@ -56,7 +56,7 @@ def freeze_batchnorm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-            module.train = _stay_in_eval.__get__(module)
+            module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
 
 
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:

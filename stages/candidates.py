@@ -37,7 +37,8 @@ class Candidate:
     def summary(self) -> dict[str, Any]:
         """For the report: the fields and the measurements side by side."""
         values = asdict(self)
-        return values | values.pop("measurements")
+        measurements: dict[str, Any] = values.pop("measurements")
+        return values | measurements
 
 
 def write_candidates(folder: Path, candidates: Sequence[Candidate]) -> None:

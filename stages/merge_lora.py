@@ -131,7 +131,7 @@ def merge(source: Path, target: Path, context: StageContext, config: MergeLoraCo
     return measured
 
 
-def largest_difference(one: torch.nn.Linear, other: torch.nn.Linear) -> float:
+def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
     """Largest difference of two layers' weights and biases."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return max(float((left - right).detach().abs().max()) for left, right in pairs)
@@ -163,13 +163,13 @@ def real_inputs(context: StageContext, base: Checkpoint, samples: int) -> list[t
 
 def asked_changes(adapted: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weight name → ΔW = scale · B · A, float32, as the adapters ask for it."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Conv2d, Linear
 
     prefix = "base_model.model."
     return {
         f"{name.removeprefix(prefix)}.weight": module.get_delta_weight("default").detach()
         for name, module in adapted.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, Conv2d | Linear)
     }
 
 

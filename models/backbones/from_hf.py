@@ -53,6 +53,9 @@ def make_image_module(config: dict[str, Any], mean: list[float], std: list[float
     import torch
 
     class ImageBackbone(torch.nn.Module):
+        mean: torch.Tensor
+        std: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.network = network_from_config(config)
@@ -180,7 +183,7 @@ def load_weights(module: torch.nn.Module, source: str, revision: str | None, con
         dtype=torch.float32,
         output_loading_info=True,
     )
-    wanted = module.network.state_dict()
+    wanted = module.get_submodule("network").state_dict()
     missing = sorted(wanted.keys() & set(report["missing_keys"]))
     if missing:
         raise ModelError(
@@ -188,7 +191,7 @@ def load_weights(module: torch.nn.Module, source: str, revision: str | None, con
             "expected the complete encoder that config.json describes"
         )
     state = {name: tensor for name, tensor in pretrained.state_dict().items() if name in wanted}
-    module.network.load_state_dict(state, strict=True)
+    module.get_submodule("network").load_state_dict(state, strict=True)
 
 
 def build_hf(architecture: dict[str, Any]) -> torch.nn.Module:
@@ -270,7 +273,7 @@ def image_preparation(
 def processor_values(source: str, revision: str | None) -> dict[str, Any]:
     """`preprocessor_config.json` with the defaults that its class in transformers fills in; empty without one."""
     from transformers import AutoImageProcessor
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     file = "preprocessor_config.json"
     if Path(source).is_dir():

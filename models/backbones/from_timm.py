@@ -28,6 +28,9 @@ def make_module(name: str, arguments: dict[str, Any], mean: list[float], std: li
     check_arguments(name, arguments)
 
     class TimmBackbone(torch.nn.Module):
+        mean: torch.Tensor
+        std: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.network = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
@@ -65,15 +68,16 @@ def load_timm(
         ModelError: the weights cannot be fetched or do not fit.
     """
     import timm
+    from timm.data.config import resolve_data_config
 
     plain = timm.create_model(spec.name, pretrained=False, num_classes=0)
-    settings = timm.data.resolve_data_config({}, model=plain)
+    settings = resolve_data_config({}, model=plain)
     size = image_size or settings["input_size"][1]
     arguments = size_arguments(spec.name, size)
     mean, std = list(settings["mean"]), list(settings["std"])
     module = make_module(spec.name, arguments, mean, std)
     if pretrained:
-        module.network.load_state_dict(pretrained_state(spec, arguments), strict=True)
+        module.get_submodule("network").load_state_dict(pretrained_state(spec, arguments), strict=True)
     resize = math.floor(size / settings["crop_pct"])  # as timm.data.create_transform
     known = get_args(Interpolation)
     interpolation: Any = settings["interpolation"] if settings["interpolation"] in known else "bicubic"

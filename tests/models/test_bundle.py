@@ -209,6 +209,15 @@ def test_another_preprocessing_fails(bundle: Path, change: Callable[[np.ndarray]
     assert "golden preprocessing" in failed_checks(bundle)
 
 
+def test_a_pixel_rounded_another_way_passes_and_another_resize_fails(bundle: Path) -> None:
+    replace_array(bundle, "image", lambda image: image - (image > 2).astype(np.uint8) * 2)
+    with open_bundle(bundle) as opened:
+        check = opened.verify().checks[1]
+    assert check.ok and "by 2 of 255 at most" in check.message
+    edit_manifest(bundle, lambda manifest: manifest["processing"].update(fit="squash"))
+    assert "golden preprocessing" in failed_checks(bundle)
+
+
 def test_another_network_fails(bundle: Path) -> None:
     """Digests can be written again by whoever swaps the file; the golden outputs were made by the right one."""
     import onnx

@@ -85,6 +85,14 @@ def test_huge_image_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch:
         ImageProcessing(16, 16).arrays([png(10, 10)])
 
 
+def test_another_filter_is_off_by_more_than_verify_allows() -> None:
+    from models.bundle import PIXEL_TOLERANCE
+
+    smooth = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    bicubic, bilinear = (ImageProcessing(32, 32, one).pixels(smooth).astype(int) for one in ("bicubic", "bilinear"))  # type: ignore[arg-type]
+    assert np.abs(bicubic - bilinear).max() > 5 * PIXEL_TOLERANCE
+
+
 def test_a_long_thin_image_is_refused_before_it_is_resized() -> None:
     """1 × 60,000 pixels, its shorter side resized to 256, would be 3.9 billion pixels."""
     with pytest.raises(DataError, match="too long and thin"):
