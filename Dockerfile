@@ -14,6 +14,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv && /opt/venv/bin/pip install --no-cache-dir uv
 ENV PATH=/opt/venv/bin:$PATH VIRTUAL_ENV=/opt/venv UV_NO_CACHE=1 UV_LINK_MODE=copy
+# Beside the user's files, because `--user` may name somebody who has no home here.
+ENV HF_HOME=/work/.cache/huggingface XDG_CACHE_HOME=/work/.cache
 WORKDIR /src
 # The dependencies change less often than the code: they get a layer of their own.
 COPY pyproject.toml constraints.txt ./

@@ -29,6 +29,7 @@ class OnnxRuntimeSession:
     def __enter__(self) -> OnnxRuntimeSession:
         import onnxruntime
 
+        onnxruntime.disable_telemetry_events()  # a device reports to nobody
         if self.provider not in onnxruntime.get_available_providers():
             raise MissingCapabilityError(
                 f"ONNX Runtime here has no {self.provider}, only {', '.join(onnxruntime.get_available_providers())}; "

@@ -294,7 +294,7 @@ def test_kill_at_any_moment_leaves_a_state_that_resumes(finished: Path, project:
     for step in range(20):
         process = subprocess.Popen(command("all"), cwd=project, stderr=subprocess.DEVNULL, env=environment())
         try:
-            process.wait(3.0 + 2.3 * step)
+            process.wait(2.0 + 1.9 * step)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
