@@ -124,8 +124,8 @@ def load_adapted(base: Path, adapter: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from models.backbones.build import check_finite
     from models.checkpoint import load_checkpoint
-    from models.registry import check_finite
 
     # Without the file peft would look for a pickle, then ask the hub.
     if not (adapter / ADAPTER_WEIGHTS).is_file():

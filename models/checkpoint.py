@@ -61,8 +61,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from models.backbones.build import build_backbone, check_finite
     from models.classifier import Classifier
-    from models.registry import build_backbone, check_finite
 
     spec = load_spec(folder)
     model = Classifier(build_backbone(spec.architecture), torch.nn.Linear(spec.feature_dim, len(spec.labels)))

@@ -11,7 +11,7 @@ from torch import nn
 from models.spec import BackboneSpec, IOSpec, ModelSpec, Task, TensorSpec
 
 if TYPE_CHECKING:
-    from models.registry import LoadedBackbone
+    from models.backbones.build import LoadedBackbone
 
 
 class Classifier(nn.Module):

@@ -9,33 +9,19 @@ import difflib
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+from models.backbones.build import LoadedBackbone, build_backbone, check_finite, measure_feature_dim
 from models.backbones.packaged import find_packaged
 from models.errors import ConfigError, ModelError, Problem
 from models.modalities import MODALITY_OF_TASK
 from models.spec import BackboneSpec, Task
 
-if TYPE_CHECKING:
-    import torch
-
-    from models.modalities import Processing
-
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
-
-
-@dataclass(frozen=True)
-class LoadedBackbone:
-    """A backbone in memory. `module.forward(*inputs)` gives float32 (batch, feature_dim)."""
-
-    module: torch.nn.Module
-    feature_dim: int
-    architecture: dict[str, Any]
-    processing: Processing
 
 
 def resolve(backbone_id: str) -> BackboneSpec:
@@ -240,56 +226,6 @@ def from_own_checkpoint(
     architecture = checkpoint.spec.architecture
     module = checkpoint.model.backbone if pretrained else build_backbone(architecture)
     return LoadedBackbone(module, checkpoint.spec.feature_dim, architecture, processing)
-
-
-def build_backbone(architecture: dict[str, Any]) -> torch.nn.Module:
-    """The module with random weights, from the architecture stored in a checkpoint. Needs no network.
-
-    Raises:
-        ModelError: the architecture is of an unknown library, or not complete.
-    """
-    from models.backbones.from_hf import build_hf
-    from models.backbones.from_timm import make_module
-
-    try:
-        if architecture.get("library") == "timm":
-            name, arguments = architecture["name"], architecture["arguments"]
-            return make_module(name, arguments, architecture["mean"], architecture["std"])
-        if architecture.get("library") == "hf":
-            return build_hf(architecture)
-    except KeyError as error:
-        raise ModelError(f"the stored architecture has no {error}; it was not written by this project") from error
-    raise ModelError(f"unknown library {architecture.get('library')!r}; expected timm or hf")
-
-
-def measure_feature_dim(module: torch.nn.Module, processing: Processing) -> int:
-    """The width of the features, measured on two made-up inputs."""
-    import numpy as np
-    import torch
-
-    contents: list[Any] = ["a text", "another"] if processing.kind == "text" else [np.zeros((32, 32, 3), np.uint8)] * 2
-    arrays = processing.arrays(contents)
-    module.eval()
-    try:
-        with torch.inference_mode():
-            features = module(*(torch.from_numpy(arrays[tensor.name]) for tensor in processing.inputs))
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
-        names = ", ".join(f"{tensor.name} {tensor.dims}" for tensor in processing.inputs)
-        raise ModelError(
-            f"the backbone does not run on {names}: {error}; expected a plain encoder and a size that it takes"
-        ) from error
-    if features.dim() != 2:
-        raise ModelError(f"the backbone gave features of shape {tuple(features.shape)}; expected (batch, features)")
-    return int(features.shape[1])
-
-
-def check_finite(module: torch.nn.Module, name: str) -> None:
-    """Raises `ModelError` naming the first weight that holds NaN or infinity."""
-    import torch
-
-    for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name}: the weight {key} holds NaN or infinity; damaged file, or diverged training?")
 
 
 @cache

@@ -7,24 +7,21 @@ still have the digests that the manifest lists. Never because a file exists.
 
 from __future__ import annotations
 
-import datetime
-import errno
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from models.errors import ConfigError, PipelineError, Problem, StageError
 from models.registry import pin
 from models.spec import BackboneSpec
 from pipeline.config import PipelineConfig
+from pipeline.folder import lock_folder, translated_system_errors
 from pipeline.machine import (
     REPORTED_PACKAGES,
     describe_hardware,
@@ -34,6 +31,7 @@ from pipeline.machine import (
     resolve_device,
     versions_of,
 )
+from pipeline.record import RunStatus, StageEntry, gist_of, now, read_json
 from stages import STAGES, load_stage
 from stages.artifact import (
     SCHEMA_VERSION,
@@ -50,16 +48,9 @@ from stages.base import Progress, Stage, StageContext, StageResult
 from stages.data.load import load_data
 from stages.data.splits import DataSplits
 
-RunStatus = Literal["passed", "failed", "gate-failed", "interrupted"]
-StageStatus = Literal["ran", "fresh", "failed", "gate-failed", "interrupted", "not-run"]
-
 FRESH = "configuration, inputs, data, versions and files are unchanged"
 SCRATCH = ".scratch"
-LOCK = ".lock"
 CODE_FOLDERS = ("stages", "models")
-NEARLY_FULL_BYTES = 256 * 2**10
-"""With less than this left, any failure is put down to the disk: onnx's shape inference writes half a file without a
-word, and what reads it then says that it is corrupt (onnx 1.23)."""
 
 
 @dataclass(frozen=True)
@@ -69,33 +60,6 @@ class Decision:
     stage: str
     fresh: bool
     reason: str
-
-
-@dataclass
-class StageEntry:
-    """What happened to one stage in this run: an entry of `run.json`."""
-
-    name: str
-    status: StageStatus = "not-run"
-    reason: str = ""
-    error: str | None = None
-    artifact: Artifact | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; numbers and gates come from the manifest."""
-        manifest = self.artifact.manifest if self.artifact else {}
-        return {
-            "name": self.name,
-            "status": self.status,
-            "reason": self.reason,
-            "error": self.error,
-            "digest": self.artifact.digest if self.artifact else None,
-            **{key: manifest.get(key) for key in ("duration_s", "peak_memory_bytes")},
-            "inputs": manifest.get("inputs", {}),
-            "gates": manifest.get("gates", []),
-            "measurements": manifest.get("measurements", {}),
-            "notes": manifest.get("notes", []),
-        }
 
 
 @dataclass
@@ -400,30 +364,6 @@ class Runner:
             write_reports(record, self.run_dir)
 
 
-def read_json(file: Path) -> Any:
-    """The value in a file, or None where there is none that can be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def gist_of(record: Any) -> Any:
-    """What a record says of the results, without when and whether they were made or found."""
-    if not isinstance(record, dict):
-        return None
-    stages = [
-        (stage["name"], "fresh" if stage["status"] == "ran" else stage["status"], stage["digest"], stage["error"])
-        for stage in record["stages"]
-    ]
-    return record["status"], record["config"], record.get("data_notes"), record["bundle"], stages
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def io_of(*folders: Path) -> dict[str, Any] | None:
     """The I/O spec of the first checkpoint in the folders: that of a stage's own, or of the network it is about."""
     for folder in folders:
@@ -450,76 +390,3 @@ def describe_change(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str 
         else:
             changes.append(f"{label} changed from {before!r} to {after!r}")
     return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-
-
-@contextmanager
-def lock_folder(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for one process. The lock goes with the process, also after `kill -9`.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    with translated_system_errors("run", run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                [
-                    Problem(
-                        str(run_dir), "another run is at work in this folder", "wait for it, or name another --run-dir"
-                    )
-                ]
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def translated_system_errors(stage: str, run_dir: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into an error with the next thing to try.
-
-    Raises:
-        StageError: a full disk, no permission, no memory, any other I/O error.
-    """
-    try:
-        yield
-    except MemoryError as error:
-        raise StageError(f"{stage}: out of memory; try a smaller batch size or image size") from error
-    except ConfigError:
-        raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
-            raise StageError(f"{stage}: out of memory on the GPU; try a smaller batch size or image size") from error
-        free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free
-        if is_full_disk(error) or free < NEARLY_FULL_BYTES:
-            raise StageError(
-                f"{stage}: the disk is full ({free / 1e6:.1f} MB free at {run_dir}); nothing was committed. "
-                f"Free some space or name another --run-dir; the next run resumes here. What failed: {error}"
-            ) from error
-        if isinstance(error, OSError):
-            raise StageError(f"{stage}: {os.strerror(error.errno) if error.errno else error}: {error}") from error
-        raise
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or what it comes from, is a full disk: each library that writes has its own words for it.
-
-    safetensors raises `SafetensorError` ("No space left on device"), torch.save `RuntimeError` ("file write
-    failed"), numpy an `OSError` without a number ("… requested and … written").
-    """
-    while error is not None:
-        words = str(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        if "No space left on device" in words or "file write failed" in words:
-            return True
-        if " requested and " in words and " written" in words:
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from stages.data.splits import DataSplits, SplitName
+
 if TYPE_CHECKING:
     from models.spec import BackboneSpec, Task
     from stages.artifact import Artifact
-    from stages.data.splits import DataSplits
     from stages.gate import GateResult
 
-SplitName = Literal["train", "validation", "calibration", "test"]
 MachinePart = Literal["device", "processor"]
 
 NETWORK_PACKAGES = ("torch", "timm", "transformers", "safetensors", "numpy")

@@ -21,12 +21,12 @@ from stages.base import (
     PROCESSING_PACKAGES,
     RUNTIME_PACKAGES,
     MachinePart,
-    SplitName,
     StageConfig,
     StageContext,
     StageResult,
 )
 from stages.candidates import Candidate, Precision, write_candidates
+from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
     MachinePart,
-    SplitName,
     StageConfig,
     StageContext,
     StageResult,
 )
+from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:

@@ -36,11 +36,11 @@ from stages.base import (
     PROCESSING_PACKAGES,
     RUNTIME_PACKAGES,
     MachinePart,
-    SplitName,
     StageConfig,
     StageContext,
     StageResult,
 )
+from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:

@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from stages.base import SplitName
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from models.modalities import Content
 
+SplitName = Literal["train", "validation", "calibration", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "calibration", "test")
 
 

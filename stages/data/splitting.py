@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.errors import DataError
-from stages.base import SplitName
 from stages.data.config import DataConfig
 from stages.data.sources.base import shortened
-from stages.data.splits import SPLITS, Example
+from stages.data.splits import SPLITS, Example, SplitName
 
 Splits = dict[SplitName, list[Example]]
 

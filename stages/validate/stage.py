@@ -24,12 +24,12 @@ from stages.base import (
     PROCESSING_PACKAGES,
     RUNTIME_PACKAGES,
     MachinePart,
-    SplitName,
     StageConfig,
     StageContext,
     StageResult,
 )
 from stages.candidates import Candidate, read_candidates
+from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
 from stages.validate.latency import OtherWork, is_disturbed, speedup_of
 

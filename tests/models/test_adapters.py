@@ -15,10 +15,10 @@ from torch import nn
 
 from models.adapters import LoraSettings, fold, inject_lora, load_adapted, save_adapter, target_modules
 from models.adapters import untrained_adapters as untrained
+from models.backbones.build import LoadedBackbone, build_backbone
 from models.backbones.packaged import find_packaged
 from models.classifier import Classifier, freeze_batchnorm
 from models.errors import MergeError, ModelError
-from models.registry import LoadedBackbone, build_backbone
 from tests.models.tiny import (
     RESNET,
     TIMM,

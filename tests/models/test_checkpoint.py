@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.backbones.build import LoadedBackbone
 from models.checkpoint import load_checkpoint, load_spec, save_checkpoint
 from models.errors import ModelError
-from models.registry import LoadedBackbone
 from tests.models.tiny import classifier_of, edit_json, image_backbone, inputs_of, logits_of, saved_checkpoint
 from tests.models.tiny import text_backbone as text
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.backbones.build import LoadedBackbone
 from models.classifier import freeze_batchnorm, new_classifier
-from models.registry import LoadedBackbone
 from tests.models.tiny import classifier_of, image_backbone, inputs_of, text_backbone
 
 

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from models.backbones.build import build_backbone
 from models.backbones.from_timm import pretrained_state
 from models.backbones.packaged import PACKAGED, PackagedWeights, find_packaged, timm_state_from_efficientnet_lite
 from models.errors import ConfigError, MissingCapabilityError, ModelError
 from models.modalities.vision import ImageProcessing
-from models.registry import build_backbone, load_backbone, pin, resolve, timm_names
+from models.registry import load_backbone, pin, resolve, timm_names
 from tests.models.tiny import (
     BERT,
     RESNET,
@@ -412,7 +413,7 @@ def test_backbone_that_is_no_encoder_is_refused() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return image.float()
 
-    from models.registry import measure_feature_dim
+    from models.backbones.build import measure_feature_dim
 
     with pytest.raises(ModelError, match=r"shape \(2, 8, 8, 3\); expected \(batch, features\)"):
         measure_feature_dim(Maps(), ImageProcessing(8, 8))

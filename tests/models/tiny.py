@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from models.backbones.build import LoadedBackbone, build_backbone, measure_feature_dim
 from models.checkpoint import save_checkpoint
 from models.classifier import Classifier, make_spec, new_classifier
-from models.registry import LoadedBackbone, build_backbone, measure_feature_dim
 from models.spec import BackboneSpec, ModelSpec
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "red", "bird", "stone", "tree", "runs")

@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from models.errors import StageError, TrainingError
-from pipeline.runner import is_full_disk, translated_system_errors
+from pipeline.folder import is_full_disk, translated_system_errors
 from tests.pipeline.test_tiny_run import check_no_torn_artifact
 from tests.pipeline.tiny_project import make_project, pipeline
 

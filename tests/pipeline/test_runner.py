@@ -17,8 +17,9 @@ import pipeline.runner as runner_module
 from models.errors import ConfigError, StageError
 from models.spec import BackboneSpec
 from pipeline.config import PipelineConfig
+from pipeline.folder import lock_folder
 from pipeline.progress import QuietProgress
-from pipeline.runner import Runner, lock_folder
+from pipeline.runner import Runner
 from stages.base import StageContext, StageResult
 from stages.data.splits import DataSplits
 from stages.finetune import FinetuneConfig

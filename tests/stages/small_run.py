@@ -14,8 +14,8 @@ import numpy as np
 from models.registry import resolve
 from pipeline.progress import QuietProgress
 from stages.artifact import Artifact, digest_files
-from stages.base import Progress, SplitName, StageContext
-from stages.data.splits import DataSplits, Example
+from stages.base import Progress, StageContext
+from stages.data.splits import DataSplits, Example, SplitName
 from tests.models.tiny import WORDS, hf_text_folder, image_backbone, saved_checkpoint
 
 COUNTS: Mapping[SplitName, int] = {"train": 24, "validation": 12}

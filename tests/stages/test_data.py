@@ -17,11 +17,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.errors import ConfigError, DataError, MissingCapabilityError
-from stages.base import SplitName
 from stages.data.config import DataConfig
 from stages.data.load import load_data
 from stages.data.sources.base import nearest
-from stages.data.splits import SPLITS, DataSplits
+from stages.data.splits import SPLITS, DataSplits, SplitName
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.errors import DataError
-from stages.base import SplitName
+from stages.data.splits import SplitName
 
 if TYPE_CHECKING:
     from models.modalities import Content

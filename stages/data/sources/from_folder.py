@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import DataError
-from stages.base import SplitName
 from stages.data.sources.base import SPLIT_ALIASES, Row, Source, printable, text_from_bytes, unicode_problem, unusable
+from stages.data.splits import SplitName
 
 SUFFIXES = {
     "image": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
