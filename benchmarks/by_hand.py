@@ -45,7 +45,6 @@ BATCH = 32
 THREADS = 2
 LATENCY_ROUNDS = 100
 CALIBRATION = 256
-RATE = 1e-3
 STEPS: dict[str, dict[str, float]] = {}
 
 
@@ -166,7 +165,9 @@ def fit_head(model: Any, train: tuple[np.ndarray, np.ndarray], validation: tuple
         model.task_head.bias.copy_(torch.from_numpy((best.intercept_ - weight @ mean).astype(np.float32)))
 
 
-def train_lora(model: Any, train: Sequence[np.ndarray], validation: Sequence[np.ndarray], epochs: int) -> Any:
+def train_lora(
+    model: Any, train: Sequence[np.ndarray], validation: Sequence[np.ndarray], epochs: int, recipe: dict[str, Any]
+) -> Any:
     """LoRA on the plain ungrouped convolutions but the stem; the best epoch's weights are kept."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -176,9 +177,16 @@ def train_lora(model: Any, train: Sequence[np.ndarray], validation: Sequence[np.
     names = [name for name, layer in model.named_modules()
              if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"]  # fmt: skip
     names = [name for name in names if name != "backbone.conv_stem"]
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=names, modules_to_save=["task_head"]))
-    trainable = [one for one in adapted.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.01)
+    rank, alpha = recipe["lora"]["rank"], recipe["lora"]["alpha"]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, modules_to_save=["task_head"])
+    adapted = get_peft_model(model, config)
+    named = [(name, one) for name, one in adapted.named_parameters() if one.requires_grad]
+    trainable = [one for _, one in named]
+    groups = [
+        {"params": [one for name, one in named if ("task_head" in name) == head], "lr": recipe[f"{part}_learning_rate"]}
+        for head, part in ((True, "head"), (False, "backbone"))
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     steps = -(-len(train[0]) // BATCH) * epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     best, best_state = -1.0, {}
@@ -358,7 +366,7 @@ def main() -> None:
             model = make_model(10)
             fit_head(model, data["train"], data["validation"])
             result["probe_test_accuracy"] = accuracy_of(in_batches(eager(model), data["test"][0]), data["test"][1])
-            adapted = train_lora(model, data["train"], data["validation"], arguments.epochs)
+            adapted = train_lora(model, data["train"], data["validation"], arguments.epochs, recipe)
         with step("merge-lora"):
             wanted = eager(adapted)(data["validation"][0][:64])
             merged = adapted.merge_and_unload(safe_merge=True).eval()

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Strategy = Literal["feature-extraction", "full", "lora"]
 
 DEFAULT_RATES: dict[tuple[str, str], tuple[float, float]] = {
-    ("lora", "timm"): (1e-3, 1e-3),
+    ("lora", "timm"): (1e-3, 2e-3),
     ("lora", "hf"): (5e-4, 1e-3),
     ("full", "timm"): (1e-4, 1e-3),
     ("full", "hf"): (3e-5, 3e-4),

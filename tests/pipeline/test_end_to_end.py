@@ -91,7 +91,7 @@ def test_the_bundle_verifies_and_predicts(finished: tuple[str, Path]) -> None:
 
 
 def test_transfer_pays(finished: tuple[str, Path], tmp_path: Path) -> None:
-    """On the held-out test images: far above the same network from scratch, and not below the frozen probe."""
+    """On the held-out test images: far above the same network from scratch, and above the frozen probe."""
     name, folder = finished
     if name != "vision":
         pytest.skip("the baselines are stated for images")
@@ -99,7 +99,7 @@ def test_transfer_pays(finished: tuple[str, Path], tmp_path: Path) -> None:
     probe = finetuned(tmp_path / "probe", strategy="feature-extraction")
     adapted = test_accuracy(folder / "merge-lora/checkpoint")
     assert adapted >= test_accuracy(scratch) + 0.1
-    assert adapted >= test_accuracy(probe)
+    assert adapted >= test_accuracy(probe) + 0.01
 
 
 def finetuned(folder: Path, **settings: str) -> Path:
