@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from models.errors import ConfigError, MissingCapabilityError, PipelineError, Problem
+from pipeline import interrupts
 from stages import STAGES
 
 if TYPE_CHECKING:
@@ -303,39 +304,39 @@ def run(arguments: list[str] | None = None) -> int:
     as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = app(args=arguments, standalone_mode=False)
-    except ConfigError as error:
-        typer.echo(f"error: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was run", err=True)
-        for problem in error.problems:
-            typer.echo(f"  {problem}", err=True)
-        if as_json:
-            print_json({"ok": False, "exit_code": error.exit_code, "problems": [vars(one) for one in error.problems]})
-        return error.exit_code
-    except PipelineError as error:
-        return report_error(error, as_json)
-    except ModuleNotFoundError as error:
-        return report_error(missing_package(error), as_json)
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
-    except typer_usage_errors() as error:
-        error.show()
-        if as_json:
-            problems = [{"place": "command line", "message": error.format_message(), "hint": ""}]
-            print_json({"ok": False, "exit_code": ConfigError.exit_code, "problems": problems})
-        return ConfigError.exit_code
-    except Exception:  # the outermost frame: Python's own exit code, 1, would read as "a gate failed"
-        traceback.print_exc()
-        typer.echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)
-        return PipelineError.exit_code
+    except Exception as error:  # the outermost frame: Python's own exit code, 1, would read as "a gate failed"
+        result = EXIT_INTERRUPTED if interrupts.asked() else report(error, as_json)
     if result == EXIT_INTERRUPTED:  # typer itself turns an interrupt into this code, without a word
         typer.echo("interrupted; the same command goes on from here", err=True)
     return result if isinstance(result, int) else 0
 
 
-def report_error(error: PipelineError, as_json: bool) -> int:
+def report(error: Exception, as_json: bool) -> int:
     """Say what went wrong, on standard error and with `--json` on standard output too; the exit code."""
-    typer.echo(f"error: {error}", err=True)
+    if isinstance(error, typer_usage_errors()):
+        error.show()
+        error = ConfigError(error.format_message())
+    elif isinstance(error, ConfigError):
+        count = len(error.problems)
+        typer.echo(f"error: {count} problem{'s' * (count > 1)}; nothing was run", err=True)
+        for problem in error.problems:
+            typer.echo(f"  {problem}", err=True)
+    elif isinstance(error, ModuleNotFoundError):
+        error = missing_package(error)
+        typer.echo(f"error: {error}", err=True)
+    elif isinstance(error, PipelineError):
+        typer.echo(f"error: {error}", err=True)
+    else:
+        traceback.print_exception(error)
+        typer.echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)
+        error = PipelineError(f"defect: {type(error).__name__}: {error}")
     if as_json and not error.on_stdout:
-        print_json({"ok": False, "exit_code": error.exit_code, "error": str(error)})
+        said: dict[str, Any] = {"error": str(error)}
+        if isinstance(error, ConfigError):
+            said = {"problems": [vars(one) for one in error.problems]}
+        print_json({"ok": False, "exit_code": error.exit_code, **said})
     return error.exit_code
 
 
@@ -356,10 +357,5 @@ def typer_usage_errors() -> type[Any]:
 
 def main() -> None:
     """Entry point of the console script; SIGTERM ends a run like an interrupt."""
-    import signal
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    interrupts.install()
     sys.exit(run())

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from models.errors import ConfigError, Problem, StageError
+from pipeline import interrupts
 
 LOCK = ".lock"
 NEARLY_FULL_BYTES = 256 * 2**10
@@ -59,6 +60,8 @@ def translated_system_errors(stage: str, run_dir: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
+        if interrupts.asked():
+            raise KeyboardInterrupt from error
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             raise StageError(f"{stage}: out of memory on the GPU; try a smaller batch size or image size") from error
         free = shutil.disk_usage(run_dir if run_dir.exists() else Path.cwd()).free

@@ -209,3 +209,19 @@ def test_a_single_stage_refuses_a_stale_input(tmp_path: Path) -> None:
 def test_the_lock_names_the_folder(tmp_path: Path) -> None:
     with lock_folder(tmp_path), pytest.raises(ConfigError, match="another run"), lock_folder(tmp_path):
         pass
+
+
+def test_an_interrupt_that_a_library_turns_into_another_error_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors did: `ValueError: could not determine the shape of object type …`, exit code 4, "a defect"."""
+    from pipeline import cli, interrupts
+
+    monkeypatch.setattr(interrupts, "_seen", [signal.SIGINT])
+    monkeypatch.setattr(Second, "error", ValueError("could not determine the shape"))
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path).run(NAMES)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["status"], record["stages"][1]["status"]) == ("interrupted", "interrupted")
+    monkeypatch.setattr(cli, "app", lambda **_: int("no number"))
+    assert cli.run([]) == 130

@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
     "quantize": {"calibration_samples": 12, "sensitivity_samples": 8, "min_agreement": 0.5, "max_metric_drop": 0.5,
                  "keep_float": "none"},
     "validate": {"latency_calls": 20,
-                 "gates": {"min_samples": 24, "max_metric_drop": 0.5, "min_agreement_int8": 0.5, "min_sqnr_db": 3}},
+                 "gates": {"min_samples": 20, "max_metric_drop": 0.5, "min_agreement_int8": 0.5, "min_sqnr_db": 3}},
 }  # fmt: skip
 
 
