@@ -14,13 +14,12 @@ import datetime
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,45 +52,40 @@ def measure_round(config: Path) -> dict[str, Any]:
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        first_s, first_peak_bytes, _ = timed([*command, "--run-dir", str(run_dir)])
+        first_s, _ = timed([*command, "--run-dir", str(run_dir)])
         record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        again_s, _, _ = timed([*command, "--run-dir", str(run_dir)])
-    by_hand_s, by_hand_peak_bytes, output = timed([sys.executable, "-P", str(ROOT / "benchmarks" / "by_hand.py")])
+        again_s, _ = timed([*command, "--run-dir", str(run_dir)])
+    by_hand_s, output = timed([sys.executable, "-P", str(ROOT / "benchmarks" / "by_hand.py")])
+    stages = {
+        stage["name"]: {"seconds": stage["duration_s"], "peak_memory_bytes": stage["peak_memory_bytes"]}
+        for stage in record["stages"]
+    }
+    by_hand = json.loads(output)
     return {
         "load_before": round(load_before, 2),
         "pipeline": {
             "wall_s": first_s,
             "again_wall_s": again_s,
-            "peak_memory_bytes": first_peak_bytes,
-            "stages": {
-                stage["name"]: {"seconds": stage["duration_s"], "peak_memory_bytes": stage["peak_memory_bytes"]}
-                for stage in record["stages"]
-            },
+            "peak_memory_bytes": peak_of(stages),
+            "stages": stages,
             "accuracy": accuracy_of(record),
         },
-        "by_hand": {"wall_s": by_hand_s, "peak_memory_bytes": by_hand_peak_bytes, **json.loads(output)},
+        "by_hand": {"wall_s": by_hand_s, "peak_memory_bytes": peak_of(by_hand["steps"]), **by_hand},
     }
 
 
-def timed(command: Sequence[str]) -> tuple[float, int, str]:
-    """Wall time in seconds, peak resident memory in bytes and standard output of a command that must succeed."""
+def peak_of(steps: Mapping[str, Mapping[str, float]]) -> float:
+    """The largest peak of all steps: each starts the operating system's own count anew."""
+    return max(step["peak_memory_bytes"] for step in steps.values())
+
+
+def timed(command: Sequence[str]) -> tuple[float, str]:
+    """Wall time in seconds and standard output of a command that must succeed."""
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output)
-        # wait4 gives the memory of this one child; RUSAGE_CHILDREN would give the largest of all so far.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        wall_s = round(time.perf_counter() - started, 2)
-        output.seek(0)
-        text = output.read().decode()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return wall_s, peak_bytes(usage), text
-
-
-def peak_bytes(usage: resource.struct_rusage) -> int:
-    """`ru_maxrss` in bytes: kilobytes on Linux, bytes on macOS."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return round(time.perf_counter() - started, 2), done.stdout
 
 
 def accuracy_of(record: dict[str, Any]) -> dict[str, float]:
