@@ -236,9 +236,11 @@ def timm_names() -> tuple[frozenset[str], frozenset[str]]:
     here.
     """
     found = find_spec("timm")
+    if found is None:
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
     names: set[str] = set()
     tags: set[str] = set()
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    for folder in found.submodule_search_locations or ():
         for file in (Path(folder) / "models").glob("*.py"):
             text = file.read_text(encoding="utf-8")
             names.update(re.findall(r"@register_model\s+def (\w+)\(", text))

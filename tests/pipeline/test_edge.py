@@ -189,7 +189,7 @@ def test_a_bundle_that_does_not_verify_ends_with_1_and_a_damaged_one_with_4(tmp_
 
 def test_help_and_a_training_command_without_the_training_libraries(tmp_path: Path) -> None:
     assert on_a_device("--help").returncode == 0
-    done = on_a_device("all", "-c", str(tmp_path / "pipeline.yaml"))
+    done = on_a_device("all", "-c", str(ROOT / "pipeline/recipes/vision.yaml"))
     assert done.returncode == 3
     assert "is not installed here. Install it: pip install " in done.stderr
     done = on_a_device("doctor", "--edge")
