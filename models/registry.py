@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -37,7 +38,7 @@ def resolve(backbone_id: str) -> BackboneSpec:
     if colon and prefix == "hf":
         return resolve_hf(backbone_id, name)
     folder = Path(backbone_id).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # pathlib raises for a name that no file system takes
         return resolve_folder(backbone_id, folder)
     hint = "expected timm:<name>, hf:<org>/<repo>@<revision> or a local folder"
     bare = name or prefix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +18,7 @@ from stages import STAGES
 if TYPE_CHECKING:
     from pipeline.runner import Runner
 
+OWN_PACKAGES = ("pipeline", "stages", "models")
 EXIT_GATE_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -160,12 +162,20 @@ def print_plan(runner: Runner, names: list[str], as_json: bool) -> None:
         print_json([vars(decision) for decision in plan])
         return
     for decision in plan:
-        typer.echo(f"{decision.stage:<12}{'fresh' if decision.fresh else 'runs':<7}{decision.reason}")
+        echo(f"{decision.stage:<12}{'fresh' if decision.fresh else 'runs':<7}{decision.reason}")
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a line. A reader that has closed the pipe (`| head`) has seen enough: the exit code stays the command's."""
+    try:
+        typer.echo(text, err=err)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
 
 
 def print_json(value: Any) -> None:
     """A value as JSON on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -186,7 +196,7 @@ def init(
     for name in missing:
         answers[name] = typer.prompt({"task": "Task", "backbone": "Backbone", "data": "Data source"}[name])
     write_config(output, str(answers["task"]), str(answers["backbone"]), str(answers["data"]), force)
-    typer.echo(f"wrote {output}; next: pipeline all -c {output}")
+    echo(f"wrote {output}; next: pipeline all -c {output}")
 
 
 @app.command()
@@ -214,7 +224,7 @@ def predict(
             print_json(rows)
             return
         for item, one in zip(contents, predictions, strict=True):
-            typer.echo(f"{one.label}\t{one.score:.4f}\t{item}")
+            echo(f"{one.label}\t{one.score:.4f}\t{item}")
 
 
 @app.command()
@@ -233,7 +243,7 @@ def verify(
         print_json({"ok": report.ok, "checks": rows})
     else:
         for check in report.checks:
-            typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.message}")
+            echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.message}")
     if not report.ok:
         raise typer.Exit(EXIT_GATE_FAILED)
 
@@ -266,9 +276,9 @@ def doctor(
         print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
-            typer.echo(f"{finding.state:<8}{finding.name:<26}{finding.message}")
+            echo(f"{finding.state:<8}{finding.name:<26}{finding.message}")
             if finding.mend:
-                typer.echo(f"{'':<34}mend: {finding.mend}")
+                echo(f"{'':<34}mend: {finding.mend}")
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(MissingCapabilityError.exit_code)
 
@@ -286,7 +296,7 @@ def print_version(asked: bool) -> None:
     if asked:
         from importlib import metadata
 
-        typer.echo(f"pipeline {metadata.version('adapt-to-edge')}")
+        echo(f"pipeline {metadata.version('adapt-to-edge')}")
         raise typer.Exit
 
 
@@ -309,7 +319,7 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:  # the outermost frame: Python's own exit code, 1, would read as "a gate failed"
         result = EXIT_INTERRUPTED if interrupts.asked() else report(error, as_json)
     if result == EXIT_INTERRUPTED:  # typer itself turns an interrupt into this code, without a word
-        typer.echo("interrupted; the same command goes on from here", err=True)
+        echo("interrupted; the same command goes on from here", err=True)
     return result if isinstance(result, int) else 0
 
 
@@ -320,17 +330,17 @@ def report(error: Exception, as_json: bool) -> int:
         error = ConfigError(error.format_message())
     elif isinstance(error, ConfigError):
         count = len(error.problems)
-        typer.echo(f"error: {count} problem{'s' * (count > 1)}; nothing was run", err=True)
+        echo(f"error: {count} problem{'s' * (count > 1)}; nothing was run", err=True)
         for problem in error.problems:
-            typer.echo(f"  {problem}", err=True)
-    elif isinstance(error, ModuleNotFoundError):
+            echo(f"  {problem}", err=True)
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN_PACKAGES:
         error = missing_package(error)
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
     elif isinstance(error, PipelineError):
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
     else:
         traceback.print_exception(error)
-        typer.echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)
+        echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)
         error = PipelineError(f"defect: {type(error).__name__}: {error}")
     if as_json and not error.on_stdout:
         said: dict[str, Any] = {"error": str(error)}

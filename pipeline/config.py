@@ -6,6 +6,7 @@ A mistake is a `Problem` with its place (file, line, key) and the nearest known 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,8 @@ def find_beside(file: Path, values: dict[str, Any]) -> None:
         sections.append((data, "source"))
     for section, key in sections:
         path = section.get(key)
-        if isinstance(path, str) and path and (file.parent / path).exists():
+        # os.path: a name that no file system takes is not there, where pathlib raises.
+        if isinstance(path, str) and path and os.path.exists(file.parent / path):
             section[key] = str(file.parent / path)
 
 
@@ -220,7 +222,10 @@ def problems_from_validation(error: ValidationError, lines: Mapping[tuple[str, .
             if item["type"] == "literal_error" and isinstance(item["input"], str):
                 near = difflib.get_close_matches(item["input"], literals_at(path), 1, 0.4)
                 hint = f"did you mean {near[0]!r}?" if near else ""
-            problems.append(Problem(place, f"found {item['input']!r}: {item['msg']}", hint))
+            # Of settings that contradict each other the message names what was found.
+            together = item["type"] == "value_error" and isinstance(item["input"], dict)
+            found = "" if together else f"found {item['input']!r}: "
+            problems.append(Problem(place, found + item["msg"].removeprefix("Value error, "), hint))
     return problems
 
 

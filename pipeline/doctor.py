@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pipeline.machine import describe_hardware, has_nvidia_driver, version_of
+from pipeline.machine import describe_hardware, has_nvidia_driver
+from stages.environment import version_of
 
 CORE = (
     "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
@@ -97,10 +98,12 @@ def examine_providers() -> Finding:
     """The execution providers of ONNX Runtime."""
     try:
         import onnxruntime
-    except ImportError as error:
+
+        providers = ", ".join(onnxruntime.get_available_providers())
+    except (ImportError, AttributeError) as error:  # an empty shell is what uninstalling one of two builds leaves
         mend = f"pip install --force-reinstall {fitting_onnxruntime()}"
-        return Finding("broken", "execution providers", f"onnxruntime does not import: {error}", mend)
-    return Finding("ok", "execution providers", ", ".join(onnxruntime.get_available_providers()))
+        return Finding("broken", "execution providers", f"onnxruntime does not work: {error}", mend)
+    return Finding("ok", "execution providers", providers)
 
 
 def examine_gpu() -> Finding:

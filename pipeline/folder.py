@@ -23,12 +23,16 @@ def lock_folder(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for one process. The lock goes with the process, also after `kill -9`.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or a file stands in its place.
     """
     from filelock import FileLock, Timeout
 
     with translated_system_errors("run", run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            problem = Problem(str(run_dir), "a file is in the way of the run's folder", "name another --run-dir")
+            raise ConfigError([problem]) from None
         lock = FileLock(run_dir / LOCK)
         try:
             lock.acquire(timeout=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import resource
-from importlib import metadata
 from pathlib import Path
 
 from models.errors import MissingCapabilityError
@@ -15,19 +14,6 @@ REPORTED_PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "optimum", "tensorrt-rtx-cu13", "tensorrt", "nvidia-modelopt", "numpy",
     "pillow", "tokenizers", "safetensors", "scikit-learn", "pydantic", "typer",
 )  # fmt: skip
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions of those of `packages` that are installed."""
-    return {package: version for package in packages if (version := version_of(package))}
 
 
 def has_nvidia_driver() -> bool:

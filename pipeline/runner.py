@@ -29,24 +29,24 @@ from pipeline.machine import (
     processor_name,
     reset_peak_memory,
     resolve_device,
-    versions_of,
 )
 from pipeline.record import RunStatus, StageEntry, gist_of, now, read_json
 from stages import STAGES, load_stage
 from stages.artifact import (
+    MANIFEST,
     SCHEMA_VERSION,
     Artifact,
     commit_folder,
     digest_files,
     digest_of,
     read_artifact,
-    sha256_of_file,
     verify_files,
     write_json,
 )
 from stages.base import Progress, Stage, StageContext, StageResult
 from stages.data.load import load_data
 from stages.data.splits import DataSplits
+from stages.environment import digest_of_code, versions_of
 
 FRESH = "configuration, inputs, data, versions and files are unchanged"
 SCRATCH = ".scratch"
@@ -88,13 +88,6 @@ class Runner:
         return pin(self.backbone)
 
     @cached_property
-    def code_digest(self) -> str:
-        """Digest of the code that makes artifacts: another version of it makes other artifacts."""
-        root = Path(__file__).resolve().parent.parent
-        files = sorted(path for folder in CODE_FOLDERS for path in (root / folder).rglob("*.py"))
-        return digest_of({path.relative_to(root).as_posix(): sha256_of_file(path) for path in files})
-
-    @cached_property
     def device(self) -> str:
         """`cpu` or `cuda`."""
         return resolve_device(self.config.device)
@@ -107,13 +100,14 @@ class Runner:
             "stage": stage.name,
             "config": self.config.section(stage.name).model_dump(mode="json"),
             "seed": self.config.seed,
-            "threads": self.config.threads,
             "task": self.config.task,
             "data": {name: self.data.fingerprints[name] for name in stage.splits},
             "packages": versions_of(stage.packages),
             "inputs": {name: artifact.digest for name, artifact in inputs.items()},
-            "code": self.code_digest,
+            "code": digest_of_code(*CODE_FOLDERS),
         }
+        if "threads" in stage.machine:
+            parts["threads"] = self.config.threads
         if "device" in stage.machine:
             parts["device"] = self.device
         if "processor" in stage.machine:
@@ -148,6 +142,7 @@ class Runner:
         stale: set[str] = set()
         with translated_system_errors("plan", self.run_dir):
             resolve_device(self.config.device)  # refused now as it would be then
+            self.refuse_foreign_folders(names)
             self.check_upstream(names)
             for name in names:
                 stage = load_stage(name)
@@ -158,7 +153,16 @@ class Runner:
                     decisions.append(self.decide(stage, self.inputs_on_disk(stage)))
                 if not decisions[-1].fresh:
                     stale.add(name)
+                elif failed := self.failed_gate_on_disk(name):
+                    decisions[-1] = Decision(name, True, f"gate {failed!r} failed: the run stops here")
+                    break
         return decisions
+
+    def failed_gate_on_disk(self, name: str) -> str:
+        """The first gate of a committed stage that did not pass; empty where all did."""
+        artifact = read_artifact(name, self.run_dir / name)
+        gates = artifact.manifest["gates"] if artifact else []
+        return next((gate["name"] for gate in gates if gate["verdict"] != "pass"), "")
 
     def inputs_on_disk(self, stage: Stage) -> dict[str, Artifact]:
         """The committed artifacts among those that the stage consumes."""
@@ -179,6 +183,7 @@ class Runner:
         """
         with lock_folder(self.run_dir):
             try:
+                self.refuse_foreign_folders(names)
                 self.check_upstream(names)
                 status = self.run_stages(names)
                 self.fill_from_disk()
@@ -300,6 +305,26 @@ class Runner:
             "notes": list(result.notes),
         }
 
+    def refuse_foreign_folders(self, names: Sequence[str]) -> None:
+        """A stage's folder that this project did not write would be replaced: say so instead.
+
+        Raises:
+            ConfigError: one holds files and no manifest, which no interrupted run leaves.
+        """
+        problems = [
+            Problem(
+                str(self.run_dir / name),
+                f"is in the way: {name} would replace this folder, and no run has written it",
+                "name another --run-dir, or move the folder away",
+            )
+            for name in names
+            if (folder := self.run_dir / name).exists()
+            and not (folder / MANIFEST).is_file()
+            and not (folder.is_dir() and not any(folder.iterdir()))
+        ]
+        if problems:
+            raise ConfigError(problems)
+
     def check_upstream(self, names: Sequence[str]) -> None:
         """Stages before the first of `names` must be fresh and their gates passed.
 
@@ -312,7 +337,7 @@ class Runner:
             artifact = read_artifact(name, self.run_dir / name)
             stale = self.stale_reason(stage, self.inputs_on_disk(stage))
             problem = f"is stale ({stale})" if artifact and stale else stale
-            if artifact and not stale and any(gate["verdict"] != "pass" for gate in artifact.manifest["gates"]):
+            if artifact and not stale and self.failed_gate_on_disk(name):
                 problem = "has a failed gate"
             if problem:
                 hint = f"run `pipeline all --until {names[0]}` with the same --config and --run-dir"
@@ -334,7 +359,7 @@ class Runner:
 
     def run_record(self, status: RunStatus) -> dict[str, Any]:
         """The content of `run.json`."""
-        bundle = self.entries["package"].artifact
+        packed = self.entries["package"].status in ("ran", "fresh")
         data = self.__dict__.get("data")  # not read where reading it failed
         return {
             "schema_version": SCHEMA_VERSION,
@@ -347,7 +372,7 @@ class Runner:
             "data_notes": list(data.notes) if data else [],
             "stages": [entry.to_dict() for entry in self.entries.values()],
             "report": "report.html",
-            "bundle": "package/bundle" if bundle else None,
+            "bundle": "package/bundle" if packed else None,
             "environment": {"versions": versions_of(REPORTED_PACKAGES), "hardware": describe_hardware()},
         }
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.artifact import Artifact
     from stages.gate import GateResult
 
-MachinePart = Literal["device", "processor"]
+MachinePart = Literal["device", "processor", "threads"]
 
 NETWORK_PACKAGES = ("torch", "timm", "transformers", "safetensors", "numpy")
 """What builds a network from a checkpoint and runs it: every stage does."""
@@ -33,7 +33,7 @@ RUNTIME_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu")
 class StageConfig(BaseModel):
     """Base of every configuration section: frozen, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Progress(Protocol):
@@ -84,8 +84,8 @@ class Stage(Protocol):
     """One step of the chain. Instances hold nothing between runs.
 
     `splits` are the data splits whose content the result depends on, `packages` the installed distributions
-    whose versions can change it, and `machine` what of the machine does (where training runs; the processor
-    that times are measured on): all are part of the freshness key.
+    whose versions can change it, and `machine` what of the machine does (where training runs, the processor
+    that times are measured on, the threads of every runtime): all are part of the freshness key.
     """
 
     name: str

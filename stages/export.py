@@ -75,7 +75,7 @@ class Export:
     consumes = ("merge-lora",)
     splits: tuple[SplitName, ...] = ("validation",)
     packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "onnxscript", "onnx-ir")
-    machine: tuple[MachinePart, ...] = ()
+    machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: ExportConfig) -> StageResult:
         """Export once, convert to the other precisions, compare each with the reference."""

@@ -45,7 +45,9 @@ class Gate:
     def check(self, subject: str, measured: float | None, samples: int | None = None, detail: str = "") -> GateResult:
         """Judge `measured` (taken over `samples` samples; None where samples make no sense)."""
         problem = ""
-        if measured is None:
+        if not math.isfinite(self.threshold):
+            problem = f"the threshold is {self.threshold}, which nothing can be held to"
+        elif measured is None:
             problem = "nothing was measured"
         elif not math.isfinite(measured):
             problem = f"measured {measured}, which is no evidence"

@@ -80,7 +80,7 @@ class Package:
     consumes = ("merge-lora", "export", "quantize", "validate")
     splits: tuple[SplitName, ...] = ("test",)
     packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES)
-    machine: tuple[MachinePart, ...] = ()
+    machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: PackageConfig) -> StageResult:
         """Copy, describe, digest, and open the result as a device would."""

@@ -29,6 +29,11 @@ class OnnxRuntimeSession:
     def __enter__(self) -> OnnxRuntimeSession:
         import onnxruntime
 
+        if not hasattr(onnxruntime, "InferenceSession"):
+            raise MissingCapabilityError(
+                "ONNX Runtime is installed without its files, as uninstalling one of its two builds leaves it; "
+                "`pipeline doctor` has the line that mends it"
+            )
         onnxruntime.disable_telemetry_events()  # a device reports to nobody
         if self.provider not in onnxruntime.get_available_providers():
             raise MissingCapabilityError(

@@ -9,11 +9,11 @@ to write it, changes no result.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.modalities.vision import MAX_PIXELS, decode_image
+from stages.environment import user_cache
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,8 +74,7 @@ def memory_file() -> Path:
     """`$XDG_CACHE_HOME/adapt-to-edge/image-digests-…txt`."""
     from PIL import __version__ as pillow
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "adapt-to-edge" / f"image-digests-pillow-{pillow}-{MAX_PIXELS}.txt"
+    return user_cache() / f"image-digests-pillow-{pillow}-{MAX_PIXELS}.txt"
 
 
 def read_memory(file: Path) -> dict[str, str]:

@@ -138,7 +138,7 @@ class Quantize:
     consumes = ("merge-lora", "export")
     splits: tuple[SplitName, ...] = ("calibration", "validation")
     packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES)
-    machine: tuple[MachinePart, ...] = ()
+    machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: QuantizeConfig) -> StageResult:
         """Make, judge, and keep or leave out each scheme's candidate."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.inputs import batches
-from stages.validate.statistics import smallest_visible_drop, tango_interval
+from stages.statistics import smallest_visible_drop, tango_interval
 
 if TYPE_CHECKING:
     import numpy as np

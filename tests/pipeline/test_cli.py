@@ -197,5 +197,60 @@ def test_doctor_says_when_two_runtimes_break_each_other(monkeypatch: pytest.Monk
     assert doctor.examine_onnxruntime().mend.endswith("pip install onnxruntime")
 
 
+def test_a_runtime_without_its_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninstalling one of the two builds leaves a folder that imports and holds nothing."""
+    import types
+
+    import pipeline.doctor as doctor
+    from models.errors import MissingCapabilityError
+    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    assert doctor.examine_providers().state == "broken"
+    assert "--force-reinstall" in doctor.examine_providers().mend
+    with pytest.raises(MissingCapabilityError, match="without its files"):
+        OnnxRuntimeSession(tmp_path / "model.onnx").__enter__()
+
+
+def test_a_missing_module_of_our_own_is_a_defect_not_a_package_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli import report
+
+    assert report(ModuleNotFoundError("No module named 'stages.lost'", name="stages.lost"), False) == 4
+    assert "pip install" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "other"}', "\x00"])
+def test_show_refuses_a_torn_record(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    done = pipeline("show", str(tmp_path))
+    assert done.returncode == 2 and "is not the record of a run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("key", ["data.source", "backbone"])
+def test_a_name_that_no_file_system_takes_is_not_there(tmp_path: Path, key: str) -> None:
+    (tmp_path / "pipeline.yaml").write_text("task: image-classification\nbackbone: timm:resnet18\ndata: {source: x}\n")
+    done = pipeline("all", "--dry-run", "--set", f"{key}={'a' * 5000}", cwd=tmp_path)
+    assert done.returncode == 2 and key in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(
+        "task: image-classification\nbackbone: timm:tf_efficientnet_lite0\ndata: {source: demo:fashion-mnist}\n"
+    )
+    done = pipeline("finetune", "--run-dir", "pipeline.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "a file is in the way" in done.stderr
+
+
+def test_a_reader_that_closes_the_pipe_is_no_failed_gate() -> None:
+    program = [str(Path(sys.executable).with_name("pipeline")), "schema"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert process.stderr.read() == b""
+
+
 def test_show_refuses_what_is_nothing_of_ours(tmp_path: Path) -> None:
     assert pipeline("show", str(tmp_path)).returncode == 2

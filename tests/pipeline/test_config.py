@@ -14,6 +14,9 @@ from pipeline.init import write_config
 GOOD = "task: image-classification\nbackbone: timm:tf_efficientnet_lite0\ndata:\n  source: demo:fashion-mnist\n"
 
 
+VISION = "task: image-classification\nbackbone: timm:tf_efficientnet_lite0\ndata: {source: demo:fashion-mnist}\n"
+
+
 def write(folder: Path, text: str) -> Path:
     file = folder / "pipeline.yaml"
     file.write_text(text)
@@ -75,6 +78,24 @@ def test_settings_override_the_file_and_are_named_when_wrong(tmp_path: Path) -> 
 def test_a_setting_of_an_unknown_section_is_named_as_a_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--set finetun\.epochs=3 finetun: unknown key \(did you mean 'finetune'"):
         load_config(write(tmp_path, GOOD), ["finetun.epochs=3"])
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize(
+    "key", ["validate.gates.min_sqnr_db", "merge_lora.max_relative_error", "finetune.weight_decay"]
+)
+def test_no_threshold_and_no_rate_is_nan_or_infinite(tmp_path: Path, key: str, value: str) -> None:
+    file = write(tmp_path, VISION)
+    with pytest.raises(ConfigError, match="finite number"):
+        load_config(file, [f"{key}={value}"])
+
+
+def test_settings_that_contradict_each_other_are_named_without_the_whole_section(tmp_path: Path) -> None:
+    file = write(tmp_path, VISION)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["finetune.strategy=lp-ft", "finetune.initial_head=random"])
+    (problem,) = caught.value.problems
+    assert problem.message == "lp-ft starts from the probe; with initial_head: random write strategy: full"
 
 
 def test_empty_sections_mean_their_defaults(tmp_path: Path) -> None:

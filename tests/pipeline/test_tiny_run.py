@@ -184,6 +184,25 @@ def test_every_manifest_holds_the_io_spec(finished: Path) -> None:
         assert [one["name"] for one in manifest["io"]["inputs"]] == ["image"]
 
 
+def test_a_dry_run_stops_where_the_run_would(project: Path) -> None:
+    strict = ("--set", "validate.gates.min_sqnr_db=500")
+    assert pipeline("all", *strict, cwd=project).returncode == 1
+    done = pipeline("all", "--dry-run", "--json", *strict, cwd=project)
+    last = json.loads(done.stdout)[-1]
+    assert last["stage"] == "validate" and last["fresh"] and "failed: the run stops here" in last["reason"]
+
+
+def test_folders_of_the_user_are_never_replaced(project: Path) -> None:
+    for stage in ("package", "export"):
+        (project / "work" / stage).mkdir(parents=True)
+        (project / "work" / stage / "mine.txt").write_text("mine")
+    for options in ((), ("--dry-run",)):
+        done = pipeline("all", "--run-dir", "work", *options, cwd=project)
+        assert done.returncode == 2 and "2 problems" in done.stderr and "is in the way" in done.stderr
+    assert (project / "work/package/mine.txt").read_text() == "mine"
+    assert not (project / "work/finetune").exists()
+
+
 def test_a_dry_run_refuses_what_the_run_would(project: Path) -> None:
     options = ("export", "--set", "finetune.epochs=7")
     dry, real = pipeline(*options, "--dry-run", cwd=project), pipeline(*options, cwd=project)
@@ -201,9 +220,10 @@ def test_exit_2_leaves_nothing(tmp_path: Path, finished: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline.yaml"]
 
 
-def test_threads_are_part_of_every_result(finished: Path) -> None:
+def test_threads_are_part_of_what_uses_them(finished: Path) -> None:
     plan = plan_of(finished, "--set", "threads=1")
-    assert all(plan.values()) and "threads changed from 2 to 1" in plan["finetune"]
+    assert plan["finetune"] == ""  # training has finetune.threads of its own
+    assert "threads changed from 2 to 1" in plan["merge-lora"] and plan["package"]
 
 
 def test_from_and_until(project: Path) -> None:

@@ -20,10 +20,10 @@ from models.errors import IntegrityError
 from stages.artifact import sha256_of_file
 from stages.base import StageResult
 from stages.candidates import write_candidates
+from stages.statistics import smallest_visible_drop
 from stages.validate import Validate, ValidateConfig
 from stages.validate.latency import OtherWork, is_disturbed, speedup_of
 from stages.validate.stage import GatesConfig, check, choice_gates, choose, over_limits
-from stages.validate.statistics import smallest_visible_drop
 from tests.stages.chain import (
     LABELS,
     SAMPLES,
@@ -230,6 +230,8 @@ def entry(name: str = "x", **numbers: object) -> dict[str, object]:
         ({"metric_drop": "proven", "max_metric_drop": 0.03}, {}, set()),
         ({}, {"agreement": 0.93}, {"top-1 agreement"}),
         ({}, {"precision": "fp16"}, {"top-1 agreement"}),
+        ({"min_agreement": 0.99}, {}, {"top-1 agreement"}),
+        ({"min_agreement": 0.99, "min_agreement_int8": 0.9}, {}, set()),
         ({}, {"precision": "fp32", "agreement": 1.0, "relative_error": 2e-3}, {"logit error"}),
         ({}, {"precision": "fp16", "agreement": 1.0, "relative_error": 2e-3}, set()),
         ({}, {"precision": "fp16", "agreement": 1.0, "relative_error": float("nan")}, {"logit error"}),

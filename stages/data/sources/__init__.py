@@ -46,16 +46,18 @@ def check_source(source: str, modality: str) -> None:
         check_demo(name, modality)
         return
     path = Path(os.path.expanduser(source))
-    if prefix != "hf" and not path.is_dir() and not (path.is_file() and path.suffix.lower() in TABLE_SUFFIXES):
+    # os.path: a name that no file system takes is not there, where pathlib raises.
+    table = os.path.isfile(path) and path.suffix.lower() in TABLE_SUFFIXES
+    if prefix != "hf" and not os.path.isdir(path) and not table:
         raise ConfigError([unknown_source(source, path)])
 
 
 def unknown_source(source: str, path: Path) -> Problem:
     """What a source is instead, and what was probably meant."""
-    found = f"is a {path.suffix or 'plain'} file" if path.exists() else "is not there"
+    found = f"is a {path.suffix or 'plain'} file" if os.path.exists(path) else "is not there"
     expected = f"expected demo:<{'|'.join(DEMOS)}>, a folder, {', '.join(TABLE_SUFFIXES)} or hf:<dataset>@<revision>"
-    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside) if not path.exists() else ""
+    beside = [one.name for one in path.parent.iterdir()] if os.path.isdir(path.parent) else []
+    near = nearest(path.name, beside) if not os.path.exists(path) else ""
     demo = nearest(source.rpartition(":")[2], DEMOS)
     if near:
         expected = f"did you mean {path.parent / near}? {expected}"

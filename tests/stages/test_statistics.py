@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.validate.statistics import smallest_visible_drop, tango_interval
+from stages.statistics import smallest_visible_drop, tango_interval
 
 Z95 = 1.959964
 

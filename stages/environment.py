@@ -1,0 +1,37 @@
+"""What of this installation decides results: versions of libraries, the code itself; and where the user's cache is."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from stages.artifact import digest_of, sha256_of_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions of those of `packages` that are installed."""
+    return {package: version for package in packages if (version := version_of(package))}
+
+
+@cache
+def digest_of_code(*folders: str) -> str:
+    """Digest of the code in top-level folders: another version of it makes other results."""
+    files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return digest_of({path.relative_to(ROOT).as_posix(): sha256_of_file(path) for path in files})
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/adapt-to-edge`. What is in there only saves time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "adapt-to-edge"
