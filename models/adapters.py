@@ -1,14 +1,16 @@
-"""LoRA adapters: where they go, how they are stored, how they are folded into the base weights."""
+"""Adapters that fold exactly: where they go, how they are stored, how they become plain weights."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.errors import MergeError, ModelError
+from models.layers import call_order
 
 if TYPE_CHECKING:
     import torch
@@ -18,25 +20,64 @@ if TYPE_CHECKING:
     from models.classifier import Classifier
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_SUFFIX = re.compile(r"\.(lora|hada|lokr|ia3|oft|boft|hra)_\w+\..*$")
+
+
+Method = Literal["lora", "rslora", "dora", "loha", "lokr", "ia3", "oft", "boft", "hra"]
+
+METHODS: dict[Method, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {}),
+    "rslora": ("LoraConfig", {"use_rslora": True}),
+    "dora": ("LoraConfig", {"use_dora": True}),
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+    "oft": ("OFTConfig", {"r": 0, "oft_block_size": 4}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4}),
+    "hra": ("HRAConfig", {}),
+}
+"""Method → class of peft and its fixed arguments. LoRA: Hu et al. 2021 (arXiv 2106.09685), rsLoRA: Kalajdzievski 2023
+(2312.03732), DoRA: Liu et al. 2024 (2402.09353), LoHa and LoKr: Yeh et al. 2023 (2309.14859), IA3: Liu et al. 2022
+(2205.05638), OFT: Qiu et al. 2023 (2306.07280), BOFT: Liu et al. 2023 (2311.06243), HRA: Yuan et al. 2024 (2405.17484).
+Blocks of four divide the widths of common networks; where one does not fit, peft says so."""
+
+SCALED_BY_B = ("lora", "rslora")
+"""Methods whose change of a weight is linear in one matrix, `lora_B`."""
+
+NOT_FOLDABLE: dict[str, str] = {
+    **dict.fromkeys(
+        ("prompt-tuning", "prefix-tuning", "p-tuning", "multitask-prompt-tuning"),
+        "it adds made-up inputs and changes no weight, so there is nothing to fold",
+    ),
+    **dict.fromkeys(("x-lora", "poly", "lily"), "it mixes adapters by the input, which no single weight can do"),
+    **dict.fromkeys(
+        ("pissa", "olora"), "it changes the base weights when it starts, so the adapter does not fit the base on disk"
+    ),
+}
+"""Methods of peft that cannot end as plain weights beside an unchanged base, and why."""
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Hu et al. 2021 (arXiv 2106.09685): ΔW = alpha / rank · B · A."""
+class AdapterSettings:
+    """`method` of `METHODS`; for LoRA ΔW = alpha / rank · B · A. IA3, OFT and BOFT have no rank."""
 
+    method: Method
     rank: int
     alpha: float
     dropout: float
 
 
-def target_modules(model: Classifier, inputs: Sequence[torch.Tensor] | None = None) -> list[str]:
+def target_modules(
+    model: Classifier, inputs: Sequence[torch.Tensor] | None = None, method: Method = "lora"
+) -> list[str]:
     """Full paths of the layers that take an adapter: every Linear and ungrouped Conv2d of the backbone.
 
     Not the stem (the first convolution), whose filters are general and quantize badly once moved; not
     grouped or depthwise convolutions, which LoRA cannot adapt; not the head, which is trained whole; not
     convolutions that pad or standardise on their own (timm's Conv2dSame, StdConv2d), where a branch
     beside the layer is not the same as a change of its weight. Explicit paths, because peft matches
-    names by suffix (`classifier` would catch `pre_classifier`).
+    names by suffix (`classifier` would catch `pre_classifier`). For OFT only 1×1 convolutions: on others it
+    folds to something else without an error (measured: off by the adapter's whole effect).
 
     With example `inputs`, layers whose forward is never called are left out too: some networks read
     `layer.weight` themselves (beit, swin v2), so that an adapter there would be passed by.
@@ -46,59 +87,56 @@ def target_modules(model: Classifier, inputs: Sequence[torch.Tensor] | None = No
     """
     from torch import nn
 
-    called = called_modules(model, inputs) if inputs is not None else None
+    called = call_order(model, inputs) if inputs is not None else None
     names: list[str] = []
     stem_seen = False
     for name, module in model.backbone.named_modules():
         if isinstance(module, nn.Conv2d):
             plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.groups == 1
+            plain = plain and (method != "oft" or module.kernel_size == (1, 1))
             fits, stem_seen = stem_seen and plain, True
         else:
             # Attention's out_proj is a subclass of Linear whose weight nn.MultiheadAttention reads directly.
             fits = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
-        if fits and (called is None or module in called):
+        if fits and (called is None or name in called):
             names.append(f"backbone.{name}")
     if not names:
         raise ModelError(
-            "LoRA found no Linear and no ungrouped Conv2d layer in the backbone; try finetune.strategy: full"
+            f"{method} found no Linear and no ungrouped Conv2d layer in the backbone that it can adapt; "
+            "try finetune.strategy: lp-ft"
         )
     return names
 
 
-def called_modules(model: Classifier, inputs: Sequence[torch.Tensor]) -> set[nn.Module]:
-    """The modules whose forward runs when the network sees `inputs` (positional, batch first)."""
-    import torch
-
-    called: set[nn.Module] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.backbone.modules()
-    ]
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(*inputs)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return called
-
-
-def inject_lora(model: Classifier, settings: LoraSettings, inputs: Sequence[torch.Tensor] | None = None) -> PeftModel:
+def inject_adapters(
+    model: Classifier, settings: AdapterSettings, inputs: Sequence[torch.Tensor] | None = None
+) -> PeftModel:
     """Wrap the network: adapters in the backbone, the head trained whole and saved with them.
 
     `inputs` as in `target_modules`. Changes `model` in place.
-    """
-    from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # fractions work as well
-        lora_dropout=settings.dropout,
-        target_modules=target_modules(model, inputs),
+    Raises:
+        ModelError: the backbone has no layer for adapters, or the method does not fit one.
+    """
+    import peft
+
+    kind, arguments = METHODS[settings.method]
+    if kind == "LoraConfig":
+        arguments = {**arguments, "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    elif kind in ("LoHaConfig", "LoKrConfig"):
+        arguments = {**arguments, "r": settings.rank, "alpha": settings.alpha, "module_dropout": settings.dropout}
+    elif kind == "HRAConfig":
+        arguments = {**arguments, "r": settings.rank}
+    config = getattr(peft, kind)(
+        target_modules=target_modules(model, inputs, settings.method),
         modules_to_save=["task_head"],  # peft matches by suffix: "head" would catch timm's conv_head
+        **arguments,
     )
-    return get_peft_model(model, config)
+    try:
+        adapted: PeftModel = peft.get_peft_model(model, config)
+    except (ValueError, AssertionError) as error:
+        raise ModelError(f"{settings.method} does not fit this backbone: {error}; try lora.method: lora") from error
+    return adapted
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
@@ -172,10 +210,38 @@ def fold(adapted: PeftModel) -> Classifier:
     return network
 
 
-def untrained_adapters(adapted: nn.Module) -> list[str]:
-    """Names of the adapters whose B matrix is still all zeros: they change nothing."""
-    return [
-        name
+def adapter_weights(adapted: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what an adapter trains in the backbone (not the head), by name."""
+    return {
+        name: weight.detach().cpu().clone()
         for name, weight in adapted.named_parameters()
-        if ".lora_B." in name and not bool(weight.detach().count_nonzero())
-    ]
+        if weight.requires_grad and "task_head" not in name
+    }
+
+
+def untrained_adapters(adapted: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
+    """Paths of the layers whose adapter still has every weight it started with (`adapter_weights`): they do nothing.
+
+    LoRA's A does not count: weight decay moves it although B, which starts at zero, switches it off.
+    """
+    moved: dict[str, bool] = {}
+    for name, weight in adapter_weights(adapted).items():
+        if ".lora_A." in name:
+            continue
+        layer = ADAPTER_SUFFIX.sub("", name)
+        moved[layer] = moved.get(layer, False) or not bool((weight == before[name]).all())
+    return [layer for layer, has_moved in moved.items() if not has_moved]
+
+
+def state_without_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of an adapted network as it was before training: B = 0 and the head that it started with.
+
+    For the methods of `SCALED_BY_B`, whose change is linear in B, a state between this one and `state` has that share
+    of the change.
+    """
+    return {
+        name: tensor.new_zeros(tensor.shape)
+        if ".lora_B." in name
+        else state[name.replace(".modules_to_save.default.", ".original_module.")]
+        for name, tensor in state.items()
+    }

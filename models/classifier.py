@@ -48,15 +48,20 @@ def make_spec(task: Task, backbone: BackboneSpec, loaded: LoadedBackbone, labels
     return ModelSpec(task, replace(backbone, folder=None), loaded.architecture, loaded.feature_dim, labels, {}, io)
 
 
-def freeze_batchnorm(model: nn.Module) -> None:
-    """Keep batch norm on its running statistics, also after `model.train()`.
+def hold_frozen_batchnorm(model: nn.Module) -> None:
+    """Keep batch norm on its running statistics where its layer is frozen, also after `model.train()`.
 
-    An adapter does not carry those statistics: if training moved them, a reload would drift.
+    An adapter does not carry those statistics: if training moved them, a reload would drift. A frozen layer whose
+    statistics move is not frozen. Batch norms whose layer is trained are released again.
     """
+    everything = all(parameter.requires_grad for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-            module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
+            if everything or any(parameter.requires_grad for parameter in module.parameters()):
+                module.__dict__.pop("train", None)
+            else:
+                module.eval()
+                module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
 
 
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:

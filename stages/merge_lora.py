@@ -30,6 +30,7 @@ from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
     from models.checkpoint import Checkpoint
 
@@ -67,7 +68,7 @@ class MergeLora:
     consumes = ("finetune",)
     splits: tuple[SplitName, ...] = ("validation",)
     packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, "peft")
-    machine: tuple[MachinePart, ...] = ()
+    machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: MergeLoraConfig) -> StageResult:
         """Fold, or pass a plain checkpoint through."""
@@ -161,15 +162,19 @@ def real_inputs(context: StageContext, base: Checkpoint, samples: int) -> list[t
     return [torch.from_numpy(arrays[tensor.name]) for tensor in base.spec.io.inputs]
 
 
-def asked_changes(adapted: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weight name → ΔW = scale · B · A, float32, as the adapters ask for it."""
+def asked_changes(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """Weight name → ΔW, float32, as the adapters ask for it; empty for methods that do not add (DoRA, IA3, OFT, …)."""
+    from peft.tuners.loha.layer import LoHaLayer
+    from peft.tuners.lokr.layer import LoKrLayer
     from peft.tuners.lora import Conv2d, Linear
 
+    if getattr(adapted.peft_config["default"], "use_dora", False):
+        return {}
     prefix = "base_model.model."
     return {
         f"{name.removeprefix(prefix)}.weight": module.get_delta_weight("default").detach()
         for name, module in adapted.named_modules()
-        if isinstance(module, Conv2d | Linear)
+        if isinstance(module, Conv2d | Linear | LoHaLayer | LoKrLayer)
     }
 
 
@@ -177,12 +182,18 @@ def weight_change(base: torch.nn.Module, merged: torch.nn.Module, asked: dict[st
     """How far the backbone moved, and how much of the asked-for change is in the stored weights.
 
     `delta_retained` is the share of the change that the adapters ask for that the merged weights show
-    (⟨ΔW, W′ − W⟩ / ‖ΔW‖²); `delta_retained_bf16` the same after both are cast to bf16, which rounds
-    small updates away.
+    (⟨ΔW, W′ − W⟩ / ‖ΔW‖²), None where they do not say what they ask for; `delta_retained_bf16` the same after both
+    are cast to bf16, which rounds small updates away.
     """
     import torch
 
     before, after = dict(base.named_parameters()), dict(merged.named_parameters())
+    said = bool(asked)
+    if not said:
+        changes = {
+            name: after[name].detach() - before[name].detach() for name in before if name.startswith("backbone.")
+        }
+        asked = {name: change for name, change in changes.items() if bool(change.count_nonzero())}
     largest = kept = kept_bf16 = squared = norm = 0.0
     for name, delta in asked.items():
         old, new = before[name].detach(), after[name].detach()
@@ -194,7 +205,7 @@ def weight_change(base: torch.nn.Module, merged: torch.nn.Module, asked: dict[st
     return {
         "max_weight_change": largest,
         "relative_weight_change": (squared / norm) ** 0.5 if norm else 0.0,
-        "delta_retained": kept / squared if squared else 0.0,
+        "delta_retained": None if not said else kept / squared if squared else 0.0,
         "delta_retained_bf16": kept_bf16 / squared if squared else 0.0,
     }
 

@@ -1,5 +1,6 @@
 """finetune: adapt a pretrained backbone to labelled data."""
 
-from stages.finetune.stage import Finetune, FinetuneConfig
+from stages.finetune.config import FinetuneConfig
+from stages.finetune.stage import Finetune
 
 __all__ = ["Finetune", "FinetuneConfig"]

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from models.errors import MissingCapabilityError, TrainingError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import Trainer
 
     from models.modalities import Processing
     from stages.base import StageContext
     from stages.data.splits import Example
+    from stages.finetune.rates import Rates
 
 BEST = "best.safetensors"
 HISTORY = "history.json"
@@ -33,14 +35,12 @@ class TrainingPlan:
 
     epochs: int
     batch_size: int
-    backbone_learning_rate: float
-    head_learning_rate: float
+    rates: Rates
     weight_decay: float
     warmup_fraction: float
     patience: int
     precision: str
     flip: bool
-    freeze_batchnorm: bool
     workers: int
     seed: int
 
@@ -51,16 +51,20 @@ class Diverged(Exception):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
+        self.history: list[dict[str, float]] = []
+        """The epochs before it."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave: the network holds the weights of `best_epoch`, unless it `diverged` (why, in words)."""
+    """What training gave: the network holds the weights of `best_epoch`, unless it `diverged` (why, in words).
 
-    plan: TrainingPlan
+    `correct`: bool (validation examples,), which of them it has right; None where it diverged.
+    """
+
     best_epoch: int
-    validation_accuracy: float | None
     history: list[dict[str, float]]
+    correct: np.ndarray | None
     diverged: str | None = None
 
 
@@ -98,22 +102,6 @@ def flip_half(images: torch.Tensor) -> torch.Tensor:
     return torch.where(chosen[:, None, None, None], images.flip(2), images)
 
 
-def parameter_groups(model: torch.nn.Module, plan: TrainingPlan) -> list[dict[str, Any]]:
-    """Backbone and head with their rates; no weight decay on norms and biases (one-dimensional parameters)."""
-    groups: dict[tuple[bool, bool], list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(("task_head" in name, parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": plan.head_learning_rate if head else plan.backbone_learning_rate,
-            "weight_decay": plan.weight_decay if decayed else 0.0,
-        }
-        for (head, decayed), parameters in groups.items()
-    ]
-
-
 def train(
     model: torch.nn.Module,
     processing: Processing,
@@ -121,17 +109,20 @@ def train(
     validation: Sequence[Example],
     plan: TrainingPlan,
     context: StageContext,
+    folder: Path,
 ) -> Trained:
-    """Train, evaluate after each epoch, and leave the network at its best epoch. Resumes by itself.
+    """Train, evaluate after each epoch, and leave the network at its best epoch. Resumes from `folder` by itself.
+
+    One Trainer and one optimizer a call: an optimizer never learns of a parameter that is unfrozen later.
 
     Raises:
         Diverged: the loss is not finite.
         TrainingError: memory ran out, or PyTorch refused a step.
     """
-    folder = context.resume / "trainer"
-    recorder = Recorder(context.resume, plan)
-    trainer = make_trainer(model, processing, examples, validation, plan, context, folder, recorder)
-    last = last_complete_checkpoint(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(folder, plan)
+    trainer = make_trainer(model, processing, examples, validation, plan, context, folder / "trainer", recorder)
+    last = last_complete_checkpoint(folder / "trainer")
     if last:
         context.log.info("%-10s resumes at %s", "", last.name)
     if not (last and recorder.should_stop()):
@@ -139,7 +130,11 @@ def train(
         steps = steps_per_epoch(len(examples), plan.batch_size) * plan.epochs - done
         with context.progress.task("training", steps) as advance, translated_errors(plan):
             recorder.advance = advance
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except Diverged as error:
+                error.history = recorder.history
+                raise
     return recorder.restore_best(model)
 
 
@@ -194,8 +189,8 @@ def translated_errors(plan: TrainingPlan) -> Iterator[None]:
 class Recorder:
     """The history of a training and its best weights, on disk beside the checkpoints.
 
-    The best weights carry their epoch and accuracy in one file, so that a kill between two writes
-    cannot pair the weights of one epoch with the number of another.
+    The best weights carry their epoch, and which validation examples they have right, in one file, so that a
+    kill between two writes cannot pair the weights of one epoch with the numbers of another.
     """
 
     def __init__(self, folder: Path, plan: TrainingPlan) -> None:
@@ -209,14 +204,14 @@ class Recorder:
         self.epoch_started = time.monotonic()
         self.losses: list[float] = []
         self.step = 0
+        self.correct: np.ndarray | tuple[bool, ...] = ()
 
     def see_loss(self, loss: float, step: int) -> None:
         """Raises `Diverged` where the loss is not finite."""
         if not math.isfinite(loss):
             raise Diverged(
-                f"the loss is {loss} at step {step}, at learning rates {self.plan.backbone_learning_rate:g} (backbone) "
-                f"and {self.plan.head_learning_rate:g} (head); try rates ten times lower "
-                "(finetune.backbone_learning_rate, finetune.head_learning_rate)",
+                f"the loss is {loss} at step {step}, at learning rates {self.plan.rates.summary}; try rates ten times "
+                "lower (finetune.backbone_learning_rate, finetune.head_learning_rate)",
                 step,
             )
         self.losses.append(loss)
@@ -229,12 +224,11 @@ class Recorder:
         from stages.artifact import write_json
 
         self.history = [entry for entry in self.history if entry["epoch"] < epoch]
-        accuracy = metrics["eval_accuracy"]
         entry = {
             "epoch": epoch,
             "train_loss": sum(self.losses) / len(self.losses) if self.losses else 0.0,
             "validation_loss": metrics["eval_loss"],
-            "validation_accuracy": accuracy,
+            "validation_accuracy": metrics["eval_accuracy"],
             "seconds": round(time.monotonic() - self.epoch_started, 2),
         }
         if not math.isfinite(entry["validation_loss"]):
@@ -244,7 +238,8 @@ class Recorder:
             state = {
                 name: tensor.detach().cpu().clone().contiguous() for name, tensor in trainable_state(model).items()
             }
-            save_file(state, self.folder / "best.tmp", {"epoch": str(epoch), "validation_accuracy": repr(accuracy)})
+            right = "".join("01"[bool(one)] for one in self.correct)
+            save_file(state, self.folder / "best.tmp", {"epoch": str(epoch), "correct": right})
             (self.folder / "best.tmp").replace(self.folder / BEST)
         self.history.append(entry)
         write_json(self.folder / HISTORY, self.history)
@@ -258,6 +253,7 @@ class Recorder:
 
     def restore_best(self, model: torch.nn.Module) -> Trained:
         """Put the best weights back into the network."""
+        import numpy as np
         from safetensors import safe_open
 
         if not self.history:
@@ -272,7 +268,8 @@ class Recorder:
                 f"{self.folder / BEST} does not fit the network (missing {sorted(missing)[:2]}, unexpected "
                 f"{unexpected[:2]}); run finetune again with --force"
             )
-        return Trained(self.plan, int(described["epoch"]), float(described["validation_accuracy"]), self.history)
+        correct = np.array([digit == "1" for digit in described["correct"]], bool)
+        return Trained(int(described["epoch"]), self.history, correct)
 
 
 def rank_of(entry: dict[str, float]) -> tuple[float, float]:
@@ -306,11 +303,6 @@ def choose_precision(asked: str, device: str) -> str:
     return asked
 
 
-def accuracy_of(found: Any) -> dict[str, float]:
-    """The validation metric from a Trainer's `predictions`: float32 (samples, classes), and `label_ids`."""
-    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
-
-
 def make_trainer(
     model: torch.nn.Module,
     processing: Processing,
@@ -324,6 +316,9 @@ def make_trainer(
     """A Trainer with this project's loss, parameter groups and callbacks."""
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from models.classifier import hold_frozen_batchnorm
+    from stages.finetune.rates import parameter_groups
 
     names = [tensor.name for tensor in processing.inputs]
     precision = choose_precision(plan.precision, context.device)
@@ -348,6 +343,11 @@ def make_trainer(
             finally:
                 self.args.dataloader_drop_last = False
 
+    def judge(found: Any) -> dict[str, float]:
+        # `predictions`: float32 (samples, classes), `label_ids`: int64 (samples,)
+        recorder.correct = correct = found.predictions.argmax(-1) == found.label_ids
+        return {"accuracy": float(correct.mean())}
+
     class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             recorder.advance(1)
@@ -368,16 +368,13 @@ def make_trainer(
             if recorder.should_stop():
                 control.should_training_stop = True
 
-    if plan.freeze_batchnorm:
-        from models.classifier import freeze_batchnorm
-
-        freeze_batchnorm(model)
+    hold_frozen_batchnorm(model)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
         per_device_train_batch_size=plan.batch_size,
         per_device_eval_batch_size=max(plan.batch_size, 64),
-        learning_rate=plan.head_learning_rate,
+        learning_rate=plan.rates.head,
         lr_scheduler_type="cosine",
         warmup_steps=round(plan.warmup_fraction * plan.epochs * steps_per_epoch(len(examples), plan.batch_size)),
         max_grad_norm=1.0,
@@ -397,15 +394,14 @@ def make_trainer(
         dataloader_num_workers=plan.workers,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # nn.DataParallel would take every GPU, and multiply the batch size
-    groups = parameter_groups(model, plan)
-    optimizer = torch.optim.AdamW(groups, lr=plan.head_learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, plan.rates, plan.weight_decay), lr=plan.rates.head)
     trainer = ClassifierTrainer(
         model=model,
         args=arguments,
         data_collator=make_collate(processing),
         train_dataset=ExampleDataset(examples),
         eval_dataset=ExampleDataset(validation),
-        compute_metrics=accuracy_of,
+        compute_metrics=judge,
         callbacks=[Report()],
         optimizers=(optimizer, None),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,22 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.adapters import LoraSettings, fold, inject_lora, load_adapted, save_adapter, target_modules
-from models.adapters import untrained_adapters as untrained
+from models.adapters import (
+    METHODS,
+    AdapterSettings,
+    Method,
+    adapter_weights,
+    fold,
+    inject_adapters,
+    load_adapted,
+    save_adapter,
+    target_modules,
+    untrained_adapters,
+)
 from models.backbones.build import LoadedBackbone, build_backbone
 from models.backbones.packaged import find_packaged
-from models.classifier import Classifier, freeze_batchnorm
+from models.checkpoint import load_checkpoint
+from models.classifier import Classifier, hold_frozen_batchnorm
 from models.errors import MergeError, ModelError
 from tests.models.tiny import (
     RESNET,
@@ -31,7 +43,7 @@ from tests.models.tiny import (
     text_backbone,
 )
 
-SETTINGS = LoraSettings(rank=4, alpha=8, dropout=0.1)
+SETTINGS = AdapterSettings(method="lora", rank=4, alpha=8, dropout=0.1)
 NORMALISED = {"mean": [0.5] * 3, "std": [0.5] * 3}
 BACKBONES: dict[str, Any] = {
     "timm-cnn": TIMM,
@@ -59,15 +71,19 @@ def train(model: nn.Module, inputs: tuple[torch.Tensor, ...], steps: int = 4, ra
     model.eval()
 
 
-def trained_adapter(name: str, folder: Path) -> tuple[PeftModel, tuple[torch.Tensor, ...], torch.Tensor]:
+def trained_adapter(
+    name: str, folder: Path, method: Method = "lora"
+) -> tuple[PeftModel, tuple[torch.Tensor, ...], torch.Tensor]:
     """Base and adapter on disk, the live adapted network, inputs, and the base's logits on them."""
     loaded = backbone(name)
     model = saved_checkpoint(folder / "base", loaded)
     inputs = inputs_of(loaded)
     base_logits = logits_of(model, inputs)
-    adapted = inject_lora(model, SETTINGS)
-    freeze_batchnorm(adapted)
+    adapted = inject_adapters(model, replace(SETTINGS, method=method))
+    hold_frozen_batchnorm(adapted)
+    before = adapter_weights(adapted)
     train(adapted, inputs)
+    assert not untrained_adapters(adapted, before)
     save_adapter(adapted, folder / "adapter")
     return adapted, inputs, base_logits
 
@@ -75,7 +91,6 @@ def trained_adapter(name: str, folder: Path) -> tuple[PeftModel, tuple[torch.Ten
 @pytest.mark.parametrize("name", BACKBONES)
 def test_reload_from_disk_is_exact(name: str, tmp_path: Path) -> None:
     adapted, inputs, base_logits = trained_adapter(name, tmp_path)
-    assert not untrained(adapted)
     again = load_adapted(tmp_path / "base", tmp_path / "adapter")
     assert not again.training
     assert torch.equal(logits_of(again, inputs), logits_of(adapted, inputs))
@@ -94,6 +109,22 @@ def test_fold_of_a_reloaded_adapter_equals_it(name: str, tmp_path: Path) -> None
     # fp32 sums in another order: 1e-6 of the logit scale by the probes on Linear and Conv2d.
     assert (logits_of(merged, inputs) - expected).abs().max() <= 1e-5
     assert (logits_of(merged, inputs) - base_logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["timm-cnn", "hf-bert"])
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"lora"}))
+def test_every_method_reloads_and_folds_exactly(name: str, method: Method, tmp_path: Path) -> None:
+    adapted, inputs, _ = trained_adapter(name, tmp_path, method)
+    again = load_adapted(tmp_path / "base", tmp_path / "adapter")
+    expected = logits_of(again, inputs)
+    assert (expected - logits_of(adapted, inputs)).abs().max() <= 1e-6
+    head = copy.deepcopy(again.get_submodule("base_model.model.task_head.modules_to_save.default"))
+    with torch.inference_mode():
+        effect = (expected - head(load_checkpoint(tmp_path / "base").model.backbone(*inputs))).abs().max()
+    merged = fold(again)
+    error = (logits_of(merged, inputs) - expected).abs().max()
+    assert error <= 1e-5 and error <= 0.01 * effect  # OFT on 3×3 convolutions is off by the whole effect
+    assert {type(part).__module__ for part in merged.modules() if "peft" in type(part).__module__} == set()
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -128,7 +159,7 @@ def test_targets_of_a_convolutional_network() -> None:
 
 def test_head_is_matched_by_its_own_name_only() -> None:
     """peft compares suffixes: "head" would take timm's conv_head whole into the adapter."""
-    adapted = inject_lora(classifier_of(image_backbone())[0], SETTINGS)
+    adapted = inject_adapters(classifier_of(image_backbone())[0], SETTINGS)
     whole = [name for name, _ in adapted.named_modules() if name.endswith("modules_to_save")]
     assert whole == ["base_model.model.task_head.modules_to_save"]
     trainable = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
@@ -161,21 +192,26 @@ def test_convolutions_that_pad_on_their_own_take_no_adapter() -> None:
     assert any(type(part).__name__ == "Conv2dSame" and part.groups == 1 for part in modules.values())
     assert {type(modules[name]) for name in targets} == {nn.Conv2d}
     image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    assert logits_of(inject_lora(model, SETTINGS).eval(), (image,)).shape == (2, 2)
+    assert logits_of(inject_adapters(model, SETTINGS).eval(), (image,)).shape == (2, 2)
 
 
 def test_backbone_without_a_layer_for_lora_says_what_to_do() -> None:
     model = Classifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)), nn.Linear(4, 2))
-    with pytest.raises(ModelError, match="strategy: full"):
+    with pytest.raises(ModelError, match="strategy: lp-ft"):
         target_modules(model)
 
 
 def test_untrained_adapters_are_found(tmp_path: Path) -> None:
     loaded = text_backbone()
-    adapted = inject_lora(classifier_of(loaded)[0], SETTINGS)
-    assert len(untrained(adapted)) == len(adapted.targeted_module_names)
+    adapted = inject_adapters(classifier_of(loaded)[0], SETTINGS)
+    before = adapter_weights(adapted)
+    assert len(untrained_adapters(adapted, before)) == len(adapted.targeted_module_names)
+    for name, weight in adapted.named_parameters():  # what weight decay does to an adapter that B switches off
+        if ".lora_A." in name:
+            weight.data *= 0.99
+    assert len(untrained_adapters(adapted, before)) == len(adapted.targeted_module_names)
     train(adapted, inputs_of(loaded), steps=1)
-    assert untrained(adapted) == []
+    assert untrained_adapters(adapted, before) == []
 
 
 def test_saved_adapter_is_the_same_twice_and_names_no_path(tmp_path: Path) -> None:
@@ -188,10 +224,10 @@ def test_saved_adapter_is_the_same_twice_and_names_no_path(tmp_path: Path) -> No
 
 
 def test_moved_batchnorm_statistics_drift_on_reload(tmp_path: Path) -> None:
-    """Why training must call `freeze_batchnorm`: the adapter does not hold the statistics."""
+    """Why training must call `hold_frozen_batchnorm`: the adapter does not hold the statistics."""
     loaded = image_backbone()
     model = saved_checkpoint(tmp_path / "base", loaded)
-    adapted = inject_lora(model, SETTINGS)
+    adapted = inject_adapters(model, SETTINGS)
     train(adapted, inputs_of(loaded))
     save_adapter(adapted, tmp_path / "adapter")
     again = load_adapted(tmp_path / "base", tmp_path / "adapter")
@@ -242,7 +278,7 @@ def test_missing_adapter_is_named_and_no_pickle_is_read(tmp_path: Path) -> None:
 
 
 def test_fold_of_nan_is_a_merge_error() -> None:
-    adapted = inject_lora(classifier_of(text_backbone())[0], SETTINGS)
+    adapted = inject_adapters(classifier_of(text_backbone())[0], SETTINGS)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.constant_(weight, float("inf"))
@@ -256,7 +292,7 @@ def test_small_updates_survive_because_the_fold_is_fp32() -> None:
     base = classifier_of(loaded)[0]
     path = target_modules(base)[0]
     weight = dict(base.named_modules())[path].weight.detach().clone()
-    adapted = inject_lora(copy.deepcopy(base), SETTINGS)
+    adapted = inject_adapters(copy.deepcopy(base), SETTINGS)
     layer = adapted.get_submodule(f"base_model.model.{path}")
     nn.init.normal_(layer.lora_B["default"].weight, std=1.0)
     scale = 0.001 * weight.norm() / layer.get_delta_weight("default").norm()
@@ -289,10 +325,11 @@ def test_real_lite0_adapts_reloads_and_folds(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", model, description, loaded.processing)
     inputs = inputs_of(loaded)
     base_logits = logits_of(model, inputs)
-    adapted = inject_lora(model, SETTINGS, inputs)
-    freeze_batchnorm(adapted)
+    adapted = inject_adapters(model, SETTINGS, inputs)
+    hold_frozen_batchnorm(adapted)
+    before = adapter_weights(adapted)
     train(adapted, inputs, steps=3, rate=1e-3)
-    assert not untrained(adapted)
+    assert not untrained_adapters(adapted, before)
     save_adapter(adapted, tmp_path / "adapter")
     again = load_adapted(tmp_path / "base", tmp_path / "adapter")
     expected = logits_of(again, inputs)

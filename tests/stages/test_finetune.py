@@ -16,7 +16,6 @@ from torch import nn
 
 from models.adapters import load_adapted
 from models.checkpoint import load_checkpoint
-from models.classifier import Classifier
 from models.errors import MissingCapabilityError, TrainingError
 from models.modalities import Processing
 from stages.artifact import digest_files
@@ -59,27 +58,6 @@ def test_feature_extraction_ships_the_accuracy_it_reports(tmp_path: Path, data: 
     assert not torch.equal(before["task_head.weight"], after["task_head.weight"])
 
 
-def test_features_are_computed_once_per_content(
-    tmp_path: Path, data: DataSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = FinetuneConfig(strategy="feature-extraction")
-    first = Finetune().run(make_context(tmp_path, "out", data), config)
-    (tmp_path / "out").rename(tmp_path / "first")
-
-    def refuse(*inputs: object) -> None:
-        raise AssertionError("a forward pass although the features are on disk")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "features", refuse)
-        again = Finetune().run(make_context(tmp_path, "out", data), config)
-    assert again.measurements["validation_accuracy"] == first.measurements["validation_accuracy"]
-    (tmp_path / "out").rename(tmp_path / "second")
-    changed = replace(data, splits={**data.splits, "train": data["train"][1:]})
-    monkeypatch.setattr(Classifier, "features", refuse)
-    with pytest.raises(AssertionError, match="forward pass"):
-        Finetune().run(make_context(tmp_path, "out", changed), config)
-
-
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_lora_writes_a_base_and_an_adapter_that_differs(tmp_path: Path, kind: str) -> None:
     data = made_up_data(kind)
@@ -99,19 +77,23 @@ def test_lora_writes_a_base_and_an_adapter_that_differs(tmp_path: Path, kind: st
     assert not (context.output / "checkpoint").exists()
 
 
-def test_full_moves_the_backbone_more_slowly_than_the_head(tmp_path: Path, data: DataSplits) -> None:
+@pytest.mark.parametrize("strategy", ["full", "lp-ft"])
+def test_lower_layers_move_more_slowly_than_the_head(tmp_path: Path, data: DataSplits, strategy: Any) -> None:
     context = make_context(tmp_path, "out", data)
-    result = Finetune().run(context, FinetuneConfig(strategy="full", **EPOCHS))
+    result = Finetune().run(context, FinetuneConfig(strategy=strategy, layer_rate_ratio=50, **EPOCHS))
     stored = load_checkpoint(context.output / "checkpoint")
     assert accuracy_of(stored.model, stored.processing, data) == result.measurements["validation_accuracy"]
-    assert result.measurements["backbone_learning_rate"] < result.measurements["head_learning_rate"]
+    low, high = result.measurements["backbone_learning_rates"]
+    assert low == pytest.approx(result.measurements["head_learning_rate"] / 50) and low < high
+    rates = [row["rate"] for row in result.measurements["layer_rates"]]
+    assert rates == sorted(rates, reverse=True) and result.measurements["layer_rates"][0]["layer"] == "head"
     assert result.measurements["trainable_parameters"] == result.measurements["total_parameters"]
     before = load_file(tmp_path / "backbone-image" / "model.safetensors")
     after = load_file(context.output / "checkpoint" / "model.safetensors")
     convolution = "backbone.network.conv_stem.weight"
     moved = float((before[convolution] - after[convolution]).abs().max())
     steps = 2 * 3
-    assert 0 < moved < 2 * steps * result.measurements["backbone_learning_rate"]
+    assert 0 < moved < 2 * steps * low
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path, data: DataSplits) -> None:
@@ -127,23 +109,37 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path, data: DataSplits) -> 
     assert all("validation_accuracy" in epoch and "seconds" not in epoch for epoch in history["epochs"])
 
 
-def test_auto_is_lora_and_from_scratch_is_full(tmp_path: Path, data: DataSplits) -> None:
-    few = {"epochs": 1, "batch_size": 8}
-    plain = Finetune().run(make_context(tmp_path, "plain", data), FinetuneConfig(**few))
-    assert plain.measurements["strategy"] == "lora"
-    scratch = FinetuneConfig(from_scratch=True, initial_head="random", **few)
-    result = Finetune().run(make_context(tmp_path, "scratch", data), scratch)
+def test_from_scratch_is_full_at_one_rate_without_a_probe(tmp_path: Path, data: DataSplits) -> None:
+    result = Finetune().run(
+        make_context(tmp_path, "scratch", data), FinetuneConfig(from_scratch=True, epochs=1, batch_size=8)
+    )
     assert result.measurements["strategy"] == "full"
     assert result.measurements["probe_validation_accuracy"] is None
+    assert result.measurements["backbone_learning_rates"] == [result.measurements["head_learning_rate"]] * 2
     before = load_file(tmp_path / "backbone-image" / "model.safetensors")
     after = load_file(tmp_path / "scratch" / "checkpoint" / "model.safetensors")
     name = "backbone.network.conv_stem.weight"
     assert float((before[name] - after[name]).abs().max()) > 0.05
 
 
-def test_adapters_on_random_weights_are_refused_by_the_configuration() -> None:
-    with pytest.raises(ValidationError, match="write strategy: full"):
-        FinetuneConfig(strategy="lora", from_scratch=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "lora", "from_scratch": True}, "write strategy: full"),
+        ({"strategy": "lp-ft", "from_scratch": True}, "write strategy: full"),
+        ({"backbone_learning_rate": 1e-3, "layer_rate_ratio": 10}, "write one of them"),
+        ({"strategy": "auto", "head_learning_rate": 1e-3}, "to set rates name the strategy"),
+        ({"strategy": "lp-ft", "initial_head": "random"}, "starts from the probe"),
+        ({"strategy": "gradual-unfreezing", "epochs": 2, "phases": 3}, "fewer epochs than phases"),
+        ({"strategy": "feature-extraction", "wise_ft": True}, "feature-extraction trains none"),
+        ({"strategy": "lora", "wise_ft": True, "lora": {"method": "dora"}}, "lora and rslora only"),
+        ({"lora": {"method": "prefix-tuning"}}, "cannot be folded: it adds made-up inputs"),
+        ({"lora": {"method": "PiSSA"}}, "cannot be folded: it changes the base weights"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_trained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        FinetuneConfig.model_validate(settings)
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full"])
@@ -157,6 +153,20 @@ def test_divergence_fails_a_gate_is_said_aloud_and_leaves_no_weights(
     assert not gates["beats the majority class"].passed  # nothing was measured, which is no evidence
     assert "training diverged" in caplog.text
     assert not (tmp_path / "out/adapter").exists() and not (tmp_path / "out/checkpoint").exists()
+
+
+def test_divergence_keeps_the_epochs_before_it(
+    tmp_path: Path, data: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.finetune.training import Recorder
+
+    real = Recorder.see_loss
+    monkeypatch.setattr(
+        Recorder, "see_loss", lambda self, loss, step: real(self, float("nan") if step >= 4 else loss, step)
+    )
+    result = Finetune().run(make_context(tmp_path, "out", data), FinetuneConfig(strategy="lora", **EPOCHS))
+    assert result.measurements["diverged"] and len(result.measurements["history"]) == 1
+    assert result.measurements["validation_accuracy"] is None
 
 
 def test_a_perfect_network_passes_where_the_majority_is_nearly_all() -> None:

@@ -1,4 +1,4 @@
-"""Training: interrupted and resumed, the best epoch kept, stopped early, the probe folded exactly."""
+"""Training: interrupted and resumed, the best epoch kept, stopped early."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from models.errors import TrainingError
+from models.layers import Layer
 from stages.artifact import digest_files
 from stages.data.splits import DataSplits
 from stages.finetune import Finetune, FinetuneConfig
-from stages.finetune.probe import fit_probe, score_head
+from stages.finetune.rates import one_rate
 from stages.finetune.training import (
     COMPLETE,
     Diverged,
@@ -24,7 +25,6 @@ from stages.finetune.training import (
     drop_last,
     flip_half,
     last_complete_checkpoint,
-    parameter_groups,
     steps_per_epoch,
     translated_errors,
 )
@@ -32,8 +32,8 @@ from tests.stages.small_run import StoppingProgress, made_up_data, make_context
 
 CONFIG = FinetuneConfig(strategy="lora", epochs=2, batch_size=8)
 PLAN = TrainingPlan(
-    epochs=5, batch_size=8, backbone_learning_rate=1e-4, head_learning_rate=1e-3, weight_decay=0.01,
-    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, freeze_batchnorm=False, workers=0, seed=0,
+    epochs=5, batch_size=8, rates=one_rate([Layer("stem", ())], 1e-3, 1e-4), weight_decay=0.01,
+    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, workers=0, seed=0,
 )  # fmt: skip
 
 
@@ -116,6 +116,7 @@ def see(recorder: Recorder, model: nn.Linear, epoch: int, accuracy: float, loss:
     """One epoch whose weights are all `epoch`."""
     with torch.no_grad():
         model.weight.fill_(epoch)
+    recorder.correct = np.array([True, False, epoch == 3])
     recorder.see_epoch(epoch, {"eval_accuracy": accuracy, "eval_loss": loss}, model)
 
 
@@ -128,7 +129,8 @@ def test_the_best_epoch_is_kept_and_ties_go_to_the_lower_loss(tmp_path: Path) ->
     see(recorder, model, 5, 0.6, 0.1)
     assert recorder.should_stop()
     trained = Recorder(tmp_path, PLAN).restore_best(model)  # from disk, as a resumed run would
-    assert (trained.best_epoch, trained.validation_accuracy) == (3, 0.7)
+    assert trained.best_epoch == 3 and trained.correct is not None
+    assert trained.correct.tolist() == [True, False, True]
     assert torch.equal(model.weight, torch.full((2, 2), 3.0))
 
 
@@ -157,21 +159,6 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(tmp_path: Path, loss
     with pytest.raises(Diverged, match="at step 3, at learning rates") as caught:
         recorder.see_loss(loss, 3)
     assert caught.value.step == 3
-
-
-def test_rates_and_weight_decay_by_group() -> None:
-    model = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), "task_head": nn.Linear(3, 2)})
-    model["backbone"][0].bias.requires_grad = False
-    groups = parameter_groups(model, PLAN)
-    found = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
-    linear, norm, head = model["backbone"][0], model["backbone"][1], model["task_head"]
-    assert found == {
-        id(linear.weight): (1e-4, 0.01),
-        id(norm.weight): (1e-4, 0.0),
-        id(norm.bias): (1e-4, 0.0),
-        id(head.weight): (1e-3, 0.01),
-        id(head.bias): (1e-3, 0.0),
-    }
 
 
 @pytest.mark.parametrize(
@@ -204,39 +191,3 @@ def test_errors_of_libraries_are_translated(error: Exception, wanted: type[Excep
     with pytest.raises(wanted, match=message) as caught, translated_errors(PLAN):
         raise error
     assert caught.value.__cause__ is error
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_the_probe_in_the_head_equals_scikit_learn_on_standardised_features(classes: int) -> None:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-    from sklearn.preprocessing import StandardScaler
-
-    random = np.random.default_rng(0)
-    centres = random.normal(0, 2, (classes, 6))
-    labels = np.arange(120) % classes
-    features = (centres[labels] + random.normal(0, 1.5, (120, 6))) * [1, 10, 0.1, 1, 1, 0] + [0, 50, 0, 0, -3, 7]
-    train, validation = features[:80].astype(np.float32), features[80:].astype(np.float32)
-    probe = fit_probe(train, labels[:80], validation, labels[80:], classes)
-    scaler = StandardScaler().fit(train)
-    regression = LogisticRegression(C=probe.regularization, max_iter=300).fit(scaler.transform(train), labels[:80])
-    found = np.exp(validation @ probe.weight.T + probe.bias)
-    found /= found.sum(1, keepdims=True)
-    wanted = regression.predict_proba(scaler.transform(validation))
-    np.testing.assert_allclose(found, wanted, atol=2e-4)
-    best = min(probe.table, key=lambda entry: entry["validation_loss"])
-    assert best["regularization"] == probe.regularization
-    assert best["validation_loss"] == pytest.approx(log_loss(labels[80:], wanted), abs=1e-3)
-    assert (
-        best["validation_accuracy"]
-        == probe.validation_accuracy
-        == regression.score(scaler.transform(validation), labels[80:])
-    )
-
-
-def test_score_of_a_head() -> None:
-    weight, bias = np.eye(2, dtype=np.float32), np.zeros(2, np.float32)
-    features = np.array([[9, 0], [0, 9], [9, 0]], np.float32)
-    accuracy, loss = score_head(weight, bias, features, np.array([0, 1, 1]))
-    assert accuracy == pytest.approx(2 / 3)
-    assert loss == pytest.approx(3.0, abs=1e-3)

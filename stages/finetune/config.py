@@ -1,0 +1,186 @@
+"""The configuration of finetune, and the defaults that depend on the strategy and the kind of backbone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from models.adapters import NOT_FOLDABLE, SCALED_BY_B, Method
+from stages.base import StageConfig
+
+Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora"]
+Family = Literal["cnn", "transformer", "text"]
+
+ADAPTER_RATES: dict[str, tuple[float, float]] = {"timm": (1e-3, 2e-3), "hf": (5e-4, 1e-3)}
+"""Library → learning rates of adapters and head. Adapters learn at about ten times the rate of full fine-tuning
+(Schulman et al. 2025, "LoRA Without Regret"; measured on the two recipes)."""
+
+LAYER_RATES: dict[Family, tuple[float, float]] = {
+    "cnn": (1e-3, 10.0),
+    "transformer": (5e-4, 100.0),
+    "text": (3e-4, 100.0),
+}
+"""Kind of backbone → learning rate of the head, and how many times lower the bottom layer learns, where all weights
+are trained. The layers between are spaced geometrically, so the middle of a transformer learns at the 3e-5 to 5e-5
+that full fine-tuning at one rate takes (Devlin et al. 2019; Dosovitskiy et al. 2021)."""
+
+
+class LoraConfig(StageConfig):
+    """Adapters that fold exactly into the base weights."""
+
+    method: Method = Field(
+        default="lora",
+        description="lora, rslora, dora (low rank), loha, lokr (low rank, many more ranks from few numbers), ia3 "
+        "(scales outputs), oft, boft, hra (rotate weights). Those that cannot be folded are refused.",
+    )
+    rank: int = Field(default=8, ge=1, description="Rank of the adapters (number); not of ia3, oft, boft.")
+    alpha: float = Field(
+        default=16.0, gt=0, description="Scale: ΔW = alpha / rank · B · A; not of ia3, oft, boft, hra."
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout before the adapter (share); not of ia3, oft, boft, hra."
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def refuse_what_cannot_be_folded(cls, value: Any) -> Any:
+        """Before anything is trained: say why such a method has no place here."""
+        name = str(value).lower().replace("_", "-")
+        if name in NOT_FOLDABLE:
+            raise ValueError(
+                f"{value} cannot be folded: {NOT_FOLDABLE[name]}; use one of {', '.join(get_args(Method))}"
+            )
+        return value
+
+
+class AutoConfig(StageConfig):
+    """When `strategy: auto` goes on to a more costly strategy."""
+
+    min_gain: float = Field(
+        default=0.005,
+        ge=0,
+        description="Validation accuracy that a step must add to be worth its cost (accuracy).",
+    )
+    confidence: float = Field(
+        default=0.9,
+        gt=0.5,
+        lt=1,
+        description="Of the interval of the gain, which must lie above zero (probability).",
+    )
+
+
+class FinetuneConfig(StageConfig):
+    """How the backbone is adapted."""
+
+    strategy: Literal["auto", Strategy] = Field(
+        default="auto",
+        description="feature-extraction: linear probe on the frozen backbone; lora: adapters in Linear and ungrouped "
+        "convolution layers; full: all weights at once; lp-ft: the probe first, then all weights from it; "
+        "gradual-unfreezing: all weights in phases, from the top down. auto: the probe, then adapters, then all "
+        "weights, each only while the one before was worth it.",
+    )
+    epochs: int = Field(default=3, ge=1, description="Passes over the training split (number), all phases together.")
+    batch_size: int = Field(default=32, ge=1, description="Examples a step (number).")
+    backbone_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak rate of the backbone or its adapters, one for all layers. Default: by layer_rate_ratio, "
+        "or by library for adapters.",
+    )
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak rate of the head. Default: by strategy and kind of backbone."
+    )
+    layer_rate_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        description="How many times lower the bottom layer learns than the head, the layers between in geometric "
+        "steps (ratio). Default: 10 for convolutional networks and 100 for transformers; for adapters one rate.",
+    )
+    phases: int = Field(
+        default=3, ge=2, description="gradual-unfreezing: in how many steps the layers are unfrozen (number)."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay, not on norms and biases.")
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    patience: int = Field(
+        default=3, ge=1, description="Stop after so many epochs without a better validation accuracy."
+    )
+    initial_head: Literal["probe", "random"] | None = Field(
+        default=None,
+        description="Where the head starts: a linear probe on the frozen features, or random weights. "
+        "Default: random for full, the probe for the others.",
+    )
+    wise_ft: bool = Field(
+        default=False,
+        description="Afterwards try weights between the starting ones and the trained ones (WiSE-FT; adapters are "
+        "scaled) and keep the best on validation.",
+    )
+    from_scratch: bool = Field(
+        default=False, description="Start from random backbone weights: the baseline that transfer must beat."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Arithmetic of training. auto: bf16 on a GPU that has it, else fp32."
+    )
+    image_size: int | None = Field(
+        default=None, ge=16, description="Side of the input image (pixels). Default: the backbone's."
+    )
+    max_length: int | None = Field(default=None, ge=4, description="Longest text (tokens). Default: 128.")
+    augment: Literal["none", "flip"] = Field(
+        default="flip",
+        description="flip mirrors half of the images in training; none where left and right differ (digits, text).",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of training (number). Default: every core this process may use."
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that prepare training examples (number). Default: 0 on a CPU, up to 4 beside a GPU.",
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Settings of the adapters.")
+    auto: AutoConfig = Field(default_factory=AutoConfig, description="When auto goes on.")
+    min_gain_over_majority: float = Field(
+        default=0.01,
+        ge=0,
+        description="Gate: validation accuracy above the majority class by this much, or half of the way to 1 where "
+        "that is less (accuracy).",
+    )
+    max_drop_from_probe: float = Field(
+        default=0.01, ge=0, description="Gate: training may end this much below the linear probe (accuracy)."
+    )
+
+    @field_validator("from_scratch")
+    @classmethod
+    def refuse_transfer_of_random_weights(cls, value: bool, info: ValidationInfo) -> bool:
+        """There is nothing to keep in random weights: the scratch baseline trains everything."""
+        strategy = info.data.get("strategy")
+        if value and strategy in ("lora", "lp-ft", "gradual-unfreezing"):
+            raise ValueError(f"{strategy} needs pretrained weights; write strategy: full")
+        return value
+
+    @model_validator(mode="after")
+    def refuse_contradictions(self) -> FinetuneConfig:
+        """Settings that exclude each other."""
+        if self.backbone_learning_rate and self.layer_rate_ratio:
+            raise ValueError(
+                "backbone_learning_rate gives all layers one rate, layer_rate_ratio each its own; write one of them"
+            )
+        if (
+            self.strategy == "auto"
+            and not self.from_scratch
+            and (self.backbone_learning_rate or self.head_learning_rate or self.layer_rate_ratio)
+        ):
+            raise ValueError("auto tries strategies whose rates differ by ten times; to set rates name the strategy")
+        if self.strategy == "lp-ft" and self.initial_head == "random":
+            raise ValueError("lp-ft starts from the probe; with initial_head: random write strategy: full")
+        if self.strategy == "gradual-unfreezing" and self.epochs < self.phases:
+            raise ValueError(f"there are fewer epochs than phases ({self.epochs} and {self.phases}); each needs one")
+        if self.wise_ft and self.strategy == "feature-extraction":
+            raise ValueError("wise_ft looks between starting and trained weights; feature-extraction trains none")
+        if self.wise_ft and self.strategy in ("lora", "auto") and self.lora.method not in SCALED_BY_B:
+            raise ValueError(f"wise_ft can scale {' and '.join(SCALED_BY_B)} only, not {self.lora.method}")
+        return self
+
+    def head_from_probe(self, strategy: Strategy) -> bool:
+        """Whether the head starts as the linear probe."""
+        return (self.initial_head or ("random" if strategy == "full" else "probe")) == "probe"

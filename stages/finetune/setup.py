@@ -1,0 +1,189 @@
+"""The network to adapt and what surrounds it: made once, before any strategy touches a weight."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from models.errors import ModelError
+from stages.data.splits import SplitName
+from stages.finetune.config import ADAPTER_RATES, LAYER_RATES, Family, FinetuneConfig, Strategy
+from stages.finetune.rates import Rates, decaying_rates, one_rate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from models.classifier import Classifier
+    from models.layers import Layer
+    from models.modalities import Processing
+    from models.spec import ModelSpec
+    from stages.base import StageContext
+    from stages.features.probe import Probe
+
+NAMES: tuple[SplitName, SplitName] = ("train", "validation")
+
+CONVOLUTIONAL = 0.5
+"""A network with more than this share of its parameters in convolutions learns like one."""
+
+
+@dataclass(frozen=True)
+class FrozenResult:
+    """What the frozen backbone gives: the linear probe, and what it and k nearest neighbours reach on validation.
+
+    `correct`: bool (validation examples,), those that the probe has right.
+    """
+
+    probe: Probe
+    correct: np.ndarray
+    loss: float
+    knn_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The start of every strategy. `model` has pretrained weights and a random head; it is copied, never trained.
+
+    `frozen` is None only where neither the head nor a gate asks for the probe: random weights, random head.
+    """
+
+    model: Classifier
+    spec: ModelSpec
+    processing: Processing
+    context: StageContext
+    config: FinetuneConfig
+    frozen: FrozenResult | None = None
+
+    def start(self, strategy: Strategy) -> Classifier:
+        """A network to train: the pretrained weights, with the head that the strategy starts from. Always the same."""
+        from stages.features.probe import put_into_head
+
+        network = copy.deepcopy(self.model)
+        if self.frozen is not None and self.config.head_from_probe(strategy):
+            put_into_head(network, self.frozen.probe)
+        return network
+
+    def save(self, model: Classifier, folder: Path) -> None:
+        """Write a checkpoint."""
+        from models.checkpoint import save_checkpoint
+
+        save_checkpoint(folder, model.to("cpu"), self.spec, self.processing)
+
+    @cached_property
+    def example_inputs(self) -> list[torch.Tensor]:
+        """The network's inputs for two training examples."""
+        import torch
+
+        arrays = self.processing.arrays([one.content for one in self.context.data["train"][:2]])
+        return [torch.from_numpy(arrays[spec.name]) for spec in self.processing.inputs]
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The backbone's layers, the lowest first."""
+        from models.layers import backbone_layers
+
+        return backbone_layers(self.model, self.example_inputs)
+
+    @cached_property
+    def family(self) -> Family:
+        """Which defaults fit this backbone."""
+        from torch import nn
+
+        if self.processing.kind == "text":
+            return "text"
+        kernels = sum(one.weight.numel() for one in self.model.modules() if isinstance(one, nn.Conv2d))
+        return "cnn" if kernels > CONVOLUTIONAL * count(self.model.backbone) else "transformer"
+
+    @cached_property
+    def takes_adapters(self) -> bool:
+        """Whether the backbone has layers for adapters."""
+        from models.adapters import target_modules
+
+        try:
+            target_modules(self.model, self.example_inputs, self.config.lora.method)
+        except ModelError:
+            return False
+        return True
+
+    def rates(self, strategy: Strategy) -> Rates:
+        """The learning rates of each layer: the user's, or the defaults of the strategy and the kind of backbone."""
+        config = self.config
+        backbone: float | None
+        if strategy == "lora":
+            backbone, head = ADAPTER_RATES[self.spec.backbone.library]
+            ratio = config.layer_rate_ratio
+        else:
+            backbone, (head, default) = None, LAYER_RATES[self.family]
+            # Random weights have nothing to keep: every layer learns at the head's rate.
+            ratio = config.layer_rate_ratio or (1.0 if config.from_scratch else default)
+        head = config.head_learning_rate or head
+        if config.backbone_learning_rate or ratio is None:
+            return one_rate(self.layers, head, config.backbone_learning_rate or backbone or head)
+        return decaying_rates(self.layers, head, ratio)
+
+
+def count(module: torch.nn.Module) -> int:
+    """Number of parameters; peft's copy of the untrained head is none of the network's."""
+    return sum(one.numel() for name, one in module.named_parameters() if ".original_module." not in name)
+
+
+def build(context: StageContext, config: FinetuneConfig) -> Setup:
+    """Load the backbone and put a head on it."""
+    from models.classifier import make_spec, new_classifier
+    from models.registry import load_backbone
+
+    backbone = context.backbone
+    loaded = load_backbone(backbone, context.task, config.image_size, config.max_length, not config.from_scratch)
+    model = new_classifier(loaded, len(context.data.labels))
+    spec = make_spec(context.task, backbone, loaded, context.data.labels)
+    return Setup(model, spec, loaded.processing, context, config)
+
+
+def with_frozen_result(setup: Setup) -> Setup:
+    """The same setup with the probe on the frozen features."""
+    import numpy as np
+
+    from stages.features.compute import compute_features, features_key
+    from stages.features.probe import NEIGHBOURS, fit_probe, knn_accuracy, score_head
+
+    context = setup.context
+    random_seed = context.seed if setup.config.from_scratch else None
+    key = features_key(context.backbone, setup.spec, setup.processing, random_seed, context.device)
+    started = time.monotonic()
+    features, labels = {}, {}
+    for name in NAMES:
+        examples = context.data[name]
+        features[name] = compute_features(
+            setup.model, setup.processing, examples, key, context.device, context.progress, f"{name} features"
+        )
+        labels[name] = np.array([one.label for one in examples])
+    setup.model.to("cpu")
+    classes = len(context.data.labels)
+    probe = fit_probe(features["train"], labels["train"], classes)
+    correct, loss = score_head(probe.weight, probe.bias, features["validation"], labels["validation"])
+    knn = knn_accuracy(features["train"], labels["train"], features["validation"], labels["validation"], classes)
+    context.log.info(
+        "%-10s linear probe: validation accuracy %.4f (%d nearest neighbours %.4f)", "", correct.mean(), NEIGHBOURS, knn
+    )
+    return replace(setup, frozen=FrozenResult(probe, correct, loss, knn, time.monotonic() - started))
+
+
+def seed_everything(context: StageContext, config: FinetuneConfig) -> None:
+    """Seed Python, numpy and torch; name the number of threads."""
+    import torch
+    from transformers import set_seed
+
+    torch.set_num_threads(config.threads or usable_cores())
+    set_seed(context.seed)
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,187 @@
+"""The strategies: each takes the same start and gives an attempt, a network with what it has right on validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from models.errors import TrainingError
+from stages.finetune.config import Strategy
+from stages.finetune.setup import Setup, count, seed_everything, usable_cores
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from peft import PeftModel
+
+    from models.classifier import Classifier
+    from stages.finetune.rates import Rates
+    from stages.finetune.training import Trained
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one strategy gave. `correct`: bool (validation examples,), None where training diverged.
+
+    `network` is the adapted network on the CPU (with adapters: inside peft's wrapper). `rates` is the table of layers
+    (see `rate_table`), `history` has an entry an epoch, `seconds` is the time spent training, `wise` the accuracies
+    between start and end (see `stages.finetune.wise`).
+    """
+
+    strategy: Strategy
+    network: Classifier | PeftModel
+    correct: np.ndarray | None
+    seconds: float
+    trainable_parameters: int
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    diverged: str | None = None
+    wise: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float | None:
+        """On the validation split."""
+        return None if self.correct is None else float(self.correct.mean())
+
+
+def make_attempt(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
+    """Adapt a copy of the start. What it learns is kept in `folder`, from where the same call resumes.
+
+    Raises:
+        TrainingError: it cannot be trained (memory, batch norm, adapters that never move).
+    """
+    seed_everything(setup.context, setup.config)
+    made = STRATEGIES[strategy](strategy, setup, folder)
+    if setup.config.wise_ft and made.history and not made.diverged:
+        from stages.finetune.wise import between_start_and_end
+
+        made = between_start_and_end(made, setup)
+    return made
+
+
+def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
+    """The frozen backbone with the linear probe as its head."""
+    assert setup.frozen is not None
+    network = setup.start(strategy)
+    return Attempt(strategy, network, setup.frozen.correct, setup.frozen.seconds, count(network.task_head))
+
+
+def train_all(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
+    """Every weight at once: `full` from a random head, `lp-ft` from the probe (Kumar et al. 2022, arXiv 2202.10054)."""
+    network, rates = setup.start(strategy), setup.rates(strategy)
+    return attempt_from(strategy, network, rates, train_once(network, setup, rates, folder))
+
+
+def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
+    """From the top down: each phase unfreezes more layers and has its own optimizer (Howard & Ruder 2018, ULMFiT).
+
+    A phase starts from the best epoch of all phases before it.
+    """
+    from stages.finetune.rates import unfreeze
+    from stages.finetune.training import Trained, rank_of
+
+    config, rates, layers = setup.config, setup.rates(strategy), setup.layers
+    network = setup.start(strategy)
+    best, history = Trained(0, [], None), list[dict[str, float]]()
+    for phase in range(1, config.phases + 1):
+        opened = math.ceil(len(layers) * phase / config.phases)
+        unfreeze(network, layers[-opened:])
+        setup.context.log.info(
+            "%-10s phase %d/%d: %d of %d layers learn", "", phase, config.phases, opened, len(layers)
+        )
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        epochs = epochs_of_phase(config.epochs, config.phases, phase)
+        trained = train_once(network, setup, rates, folder / f"phase-{phase}", epochs)
+        done = len(history)
+        history += [{**entry, "epoch": entry["epoch"] + done, "phase": phase} for entry in trained.history]
+        if trained.diverged:
+            return attempt_from(strategy, network, rates, replace(trained, history=history))
+        if best.best_epoch and rank_of(history[best.best_epoch - 1]) >= rank_of(history[trained.best_epoch + done - 1]):
+            network.load_state_dict(before)
+        else:
+            best = Trained(trained.best_epoch + done, history, trained.correct)
+    return attempt_from(strategy, network, rates, best)
+
+
+def epochs_of_phase(epochs: int, phases: int, phase: int) -> int:
+    """All phases together have `epochs`; those that cannot be shared out go to the last ones."""
+    return epochs * phase // phases - epochs * (phase - 1) // phases
+
+
+def train_adapters(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
+    """Small adapters beside frozen weights; the head is trained whole."""
+    from models.adapters import AdapterSettings, adapter_weights, inject_adapters, untrained_adapters
+
+    chosen = setup.config.lora
+    settings = AdapterSettings(chosen.method, chosen.rank, chosen.alpha, chosen.dropout)
+    network = inject_adapters(setup.start(strategy), settings, setup.example_inputs)
+    rates, before = setup.rates(strategy), adapter_weights(network)
+    trained = train_once(network, setup, rates, folder)
+    if not trained.diverged and (untrained := untrained_adapters(network, before)):
+        raise TrainingError(
+            f"{len(untrained)} adapters were never trained, the first is {untrained[0]}; is the layer used in the "
+            "forward pass, and the learning rate high enough?"
+        )
+    return attempt_from(strategy, network, rates, trained)
+
+
+STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {
+    "feature-extraction": extract_features,
+    "lora": train_adapters,
+    "lp-ft": train_all,
+    "gradual-unfreezing": train_in_phases,
+    "full": train_all,
+}
+
+
+def train_once(network: Any, setup: Setup, rates: Rates, folder: Path, epochs: int | None = None) -> Trained:
+    """One training of what has gradients; divergence is said aloud and is a result, not an error."""
+    from stages.finetune.training import Diverged, Trained, TrainingPlan, train
+
+    config, context = setup.config, setup.context
+    plan = TrainingPlan(
+        epochs=epochs or config.epochs,
+        batch_size=config.batch_size,
+        rates=rates,
+        weight_decay=config.weight_decay,
+        warmup_fraction=config.warmup_fraction,
+        patience=config.patience,
+        precision=config.precision,
+        flip=config.augment == "flip",
+        workers=default_workers(context.device) if config.workers is None else config.workers,
+        seed=context.seed,
+    )
+    data = context.data
+    try:
+        return train(network, setup.processing, data["train"], data["validation"], plan, context, folder)
+    except Diverged as error:
+        context.log.error("%-10s training diverged: %s", "", error)
+        return Trained(0, error.history, None, str(error))
+
+
+def default_workers(device: str) -> int:
+    """On a CPU training itself wants the cores; a GPU waits for pictures to be decoded."""
+    return 0 if device == "cpu" else min(4, usable_cores() - 1)
+
+
+def attempt_from(strategy: Strategy, network: Any, rates: Rates, trained: Trained) -> Attempt:
+    """The attempt that a training gave."""
+    from stages.finetune.rates import rate_table
+
+    network = network.to("cpu")
+    table = rate_table(network, rates)
+    return Attempt(
+        strategy=strategy,
+        network=network,
+        correct=trained.correct,
+        seconds=sum(entry["seconds"] for entry in trained.history),
+        trainable_parameters=sum(row["trained"] for row in table),
+        rates=table,
+        history=trained.history,
+        best_epoch=trained.best_epoch,
+        diverged=trained.diverged,
+    )
