@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def tango_interval(gained: int, lost: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -53,3 +58,24 @@ def smallest_visible_drop(flip_share: float, samples: int) -> float:
     with no flip seen, ψ is bounded by 3 / n (the rule of three). At most 1: a handful of samples sees nothing.
     """
     return min(1.0, math.sqrt(8.56 * max(flip_share, 3 / samples) / samples))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much more one network has right than another on the same examples: the difference of their accuracies and
+    its interval (Tango's score interval for paired proportions)."""
+
+    difference: float
+    low: float
+    high: float
+    confidence: float
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.4f} ({self.confidence:.0%} interval {self.low:+.4f} to {self.high:+.4f})"
+
+
+def gain_of(correct: np.ndarray, other: np.ndarray, confidence: float) -> Gain:
+    """`correct` against `other`: bool (examples,), the same examples in the same order."""
+    gained, lost = int((correct & ~other).sum()), int((other & ~correct).sum())
+    low, high = tango_interval(gained, lost, len(correct), confidence)
+    return Gain((gained - lost) / len(correct), low, high, confidence)

@@ -29,7 +29,7 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 class Probe:
     """`weight`: float32 (classes, features); `bias`: float32 (classes,). Works on raw features.
 
-    `cv_accuracy` is that of the chosen C over the folds (None where each class has one example), `table` has all
+    `cv_accuracy` is that of the chosen C over the folds (None where there were none), `table` has all
     that were tried.
     """
 
@@ -40,10 +40,11 @@ class Probe:
     table: list[dict[str, float]]
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> Probe:
-    """Multinomial logistic regression, C chosen by cross-validation, scaler folded into the weights.
+def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int, regularization: float | None = None) -> Probe:
+    """Multinomial logistic regression, scaler folded into the weights; C is `regularization`, or chosen by
+    cross-validation.
 
-    `features`: float32 (examples, features); `labels`: int64 (examples,), every class among them.
+    `features`: float32 (examples, features); `labels`: int64 (examples,), two classes among them at least.
 
     C is chosen by log loss: by accuracy it picks overconfident heads, which leave training no gradient. The
     validation split has no part in it, so what the probe reaches there is as honest as what training reaches.
@@ -55,8 +56,8 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int) -> Probe:
     mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     deviation = np.where(deviation < 1e-6, 1.0, deviation)
     standardised = (features - mean) / deviation  # float64: lbfgs needs many more steps in float32 (measured: 4×)
-    table = cross_validate(standardised, labels, classes)
-    best = min(table, key=lambda entry: entry["loss"], default={"regularization": 0.1})
+    table = [] if regularization else cross_validate(standardised, labels, classes)
+    best = min(table, key=lambda entry: entry["loss"], default={"regularization": regularization or 0.1})
     weight, bias = fit_head(standardised, labels, classes, best["regularization"], TOLERANCE)
     scaled = weight / deviation
     folded = scaled.astype(np.float32), (bias - scaled @ mean).astype(np.float32)

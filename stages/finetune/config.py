@@ -118,6 +118,16 @@ class FinetuneConfig(StageConfig):
     from_scratch: bool = Field(
         default=False, description="Start from random backbone weights: the baseline that transfer must beat."
     )
+    learning_rate_test: bool = Field(
+        default=False,
+        description="Before training, raise the rates step by step on a copy of the network, to say whether the "
+        "configured ones are too high. Costs 40 steps.",
+    )
+    scratch_fractions: tuple[float, ...] = Field(
+        default=(),
+        description="Shares of the training split on which the strategy is compared with training from scratch "
+        "(0 to 1, e.g. [0.25, 0.5, 1]). Each costs two trainings; the full one costs one more.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Arithmetic of training. auto: bf16 on a GPU that has it, else fp32."
     )
@@ -149,6 +159,14 @@ class FinetuneConfig(StageConfig):
         default=0.01, ge=0, description="Gate: training may end this much below the linear probe (accuracy)."
     )
 
+    @field_validator("scratch_fractions")
+    @classmethod
+    def refuse_what_is_no_share(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        """Shares of a split, none of them twice."""
+        if any(not 0 < share <= 1 for share in value) or len(set(value)) != len(value):
+            raise ValueError("expected different shares above 0, at most 1")
+        return value
+
     @field_validator("from_scratch")
     @classmethod
     def refuse_transfer_of_random_weights(cls, value: bool, info: ValidationInfo) -> bool:
@@ -175,6 +193,8 @@ class FinetuneConfig(StageConfig):
             raise ValueError("lp-ft starts from the probe; with initial_head: random write strategy: full")
         if self.strategy == "gradual-unfreezing" and self.epochs < self.phases:
             raise ValueError(f"there are fewer epochs than phases ({self.epochs} and {self.phases}); each needs one")
+        if self.scratch_fractions and self.from_scratch:
+            raise ValueError("from_scratch is the baseline itself; scratch_fractions compares with it")
         if self.wise_ft and self.strategy == "feature-extraction":
             raise ValueError("wise_ft looks between starting and trained weights; feature-extraction trains none")
         if self.wise_ft and self.strategy in ("lora", "auto") and self.lora.method not in SCALED_BY_B:

@@ -10,25 +10,10 @@ from typing import TYPE_CHECKING, Any
 from stages.finetune.config import Strategy
 from stages.finetune.setup import Setup
 from stages.finetune.strategies import Attempt, make_attempt
+from stages.statistics import gain_of
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import numpy as np
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How much more one network has right than another on the same examples: the difference of their accuracies and
-    its interval (Tango's score interval for paired proportions)."""
-
-    difference: float
-    low: float
-    high: float
-    confidence: float
-
-    def __str__(self) -> str:
-        return f"{self.difference:+.4f} ({self.confidence:.0%} interval {self.low:+.4f} to {self.high:+.4f})"
 
 
 @dataclass(frozen=True)
@@ -41,15 +26,6 @@ class Rung:
     gain: dict[str, float] | None
     kept: bool
     reason: str
-
-
-def gain_of(correct: np.ndarray, other: np.ndarray, confidence: float) -> Gain:
-    """`correct` against `other`: bool (examples,), the same examples in the same order."""
-    from stages.statistics import tango_interval
-
-    gained, lost = int((correct & ~other).sum()), int((other & ~correct).sum())
-    low, high = tango_interval(gained, lost, len(correct), confidence)
-    return Gain((gained - lost) / len(correct), low, high, confidence)
 
 
 def climb(setup: Setup, folder: Path) -> tuple[Attempt, list[Rung]]:

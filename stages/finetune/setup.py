@@ -37,9 +37,12 @@ CONVOLUTIONAL = 0.5
 class FrozenResult:
     """What the frozen backbone gives: the linear probe, and what it and k nearest neighbours reach on validation.
 
-    `correct`: bool (validation examples,), those that the probe has right.
+    `features`: float32 (examples, features) and `labels`: int64 (examples,), by split. `correct`: bool (validation
+    examples,), those that the probe has right.
     """
 
+    features: dict[SplitName, np.ndarray]
+    labels: dict[SplitName, np.ndarray]
     probe: Probe
     correct: np.ndarray
     loss: float
@@ -157,7 +160,8 @@ def with_frozen_result(setup: Setup) -> Setup:
     random_seed = context.seed if setup.config.from_scratch else None
     key = features_key(context.backbone, setup.spec, setup.processing, random_seed, context.device)
     started = time.monotonic()
-    features, labels = {}, {}
+    features: dict[SplitName, np.ndarray] = {}
+    labels: dict[SplitName, np.ndarray] = {}
     for name in NAMES:
         examples = context.data[name]
         features[name] = compute_features(
@@ -172,7 +176,8 @@ def with_frozen_result(setup: Setup) -> Setup:
     context.log.info(
         "%-10s linear probe: validation accuracy %.4f (%d nearest neighbours %.4f)", "", correct.mean(), NEIGHBOURS, knn
     )
-    return replace(setup, frozen=FrozenResult(probe, correct, loss, knn, time.monotonic() - started))
+    seconds = time.monotonic() - started
+    return replace(setup, frozen=FrozenResult(features, labels, probe, correct, loss, knn, seconds))
 
 
 def seed_everything(context: StageContext, config: FinetuneConfig) -> None:

@@ -41,12 +41,16 @@ class Finetune:
         from stages.finetune.ladder import climb
         from stages.finetune.setup import build, seed_everything, with_frozen_result
         from stages.finetune.strategies import make_attempt
+        from stages.finetune.transfer import compare_with_raw, compare_with_scratch
 
         seed_everything(context, config)
         setup = build(context, config)
         strategy = "full" if config.strategy == "auto" and config.from_scratch else config.strategy
         if not config.from_scratch or strategy == "feature-extraction" or config.initial_head == "probe":
             setup = with_frozen_result(setup)
+        raw = None if config.from_scratch else compare_with_raw(setup)
+        if raw and raw.warning:
+            context.log.warning("%-10s %s", "", raw.warning)
         rungs: list[Rung] = []
         if strategy == "auto":
             attempt, rungs = climb(setup, context.resume)
@@ -54,6 +58,10 @@ class Finetune:
             attempt = make_attempt(strategy, setup, context.resume)
         save(attempt, setup)
         measurements = describe_result(attempt, rungs, setup)
+        measurements["against_raw"] = (
+            {"curve": raw.curve, "gain": vars(raw.gain), "warning": raw.warning} if raw else None
+        )
+        measurements["against_scratch"] = compare_with_scratch(setup, attempt, context.resume)
         # Without the seconds: the same training gives the same bytes, so nothing that follows runs again.
         epochs = [{key: entry[key] for key in entry if key != "seconds"} for entry in attempt.history]
         write_json(context.output / "history.json", {"epochs": epochs})
@@ -77,8 +85,9 @@ def save(attempt: Attempt, setup: Setup) -> None:
 
 def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[str, Any]:
     """The measurements of the stage."""
-    from stages.finetune.ladder import gain_of
+    from stages.finetune.forgetting import measure_forgetting
     from stages.finetune.setup import count
+    from stages.statistics import gain_of
 
     data, frozen = setup.context.data, setup.frozen
     validation = Counter(one.label for one in data["validation"])
@@ -100,6 +109,8 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "seconds": {"frozen": frozen.seconds if frozen else None, "training": attempt.seconds},
         "ladder": [dataclasses.asdict(rung) for rung in rungs],
         "wise_ft": attempt.wise,
+        "learning_rate_test": range_test_of(attempt),
+        "forgetting": measure_forgetting(attempt, setup),
         "best_epoch": attempt.best_epoch,
         "diverged": attempt.diverged,
         "trainable_parameters": attempt.trainable_parameters,
@@ -111,6 +122,14 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "truncated": count_truncated(setup.processing, setup.context),
         "history": attempt.history,
     }
+
+
+def range_test_of(attempt: Attempt) -> dict[str, Any] | None:
+    """The learning rate test as plain values."""
+    found = attempt.range_test
+    if found is None:
+        return None
+    return {"curve": found.curve, "lowest": found.lowest, "proposed": found.proposed, "warning": found.warning}
 
 
 def count_truncated(processing: Processing, context: StageContext) -> int:
@@ -161,7 +180,17 @@ def notes_of(measured: dict[str, Any]) -> list[str]:
             f"against the probe {gain['difference']:+.4f} (95% interval {gain['low']:+.4f} to {gain['high']:+.4f}) for "
             f"{measured['seconds']['training']:.0f} s of training; the probe took {measured['seconds']['frozen']:.0f} s"
         )
+    if raw := measured["against_raw"]:
+        last = raw["curve"][-1]
+        notes.append(raw["warning"] or f"a linear model on the raw inputs reaches {last['raw']:.4f}")
+    notes += [
+        f"with {row['examples']} training examples {measured['strategy']} reaches {shown(row['tuned'])}, training from "
+        f"scratch {shown(row['scratch'])}"
+        for row in measured["against_scratch"]
+    ]
     notes += [f"auto: {rung['strategy']}: {rung['reason']}" for rung in measured["ladder"]]
+    if (found := measured["learning_rate_test"]) and found["warning"]:
+        notes.append(found["warning"])
     if measured["wise_ft"]:
         best = max(measured["wise_ft"], key=lambda row: (row["validation_accuracy"], row["alpha"]))
         notes.append(f"WiSE-FT keeps {best['alpha']:g} of the change")
@@ -171,3 +200,8 @@ def notes_of(measured: dict[str, Any]) -> list[str]:
             "finetune.max_length and were cut"
         )
     return notes
+
+
+def shown(accuracy: float | None) -> str:
+    """An accuracy, or what there is instead."""
+    return "nothing (it diverged)" if accuracy is None else f"{accuracy:.4f}"

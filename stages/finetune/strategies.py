@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from models.classifier import Classifier
+    from stages.finetune.range_test import RangeTest
     from stages.finetune.rates import Rates
     from stages.finetune.training import Trained
 
@@ -41,6 +42,7 @@ class Attempt:
     best_epoch: int = 0
     diverged: str | None = None
     wise: list[dict[str, float]] = field(default_factory=list)
+    range_test: RangeTest | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -73,7 +75,8 @@ def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 def train_all(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     """Every weight at once: `full` from a random head, `lp-ft` from the probe (Kumar et al. 2022, arXiv 2202.10054)."""
     network, rates = setup.start(strategy), setup.rates(strategy)
-    return attempt_from(strategy, network, rates, train_once(network, setup, rates, folder))
+    tested = rates_tested(network, setup, rates)
+    return attempt_from(strategy, network, rates, train_once(network, setup, rates, folder), tested)
 
 
 def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
@@ -86,6 +89,7 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 
     config, rates, layers = setup.config, setup.rates(strategy), setup.layers
     network = setup.start(strategy)
+    tested = rates_tested(network, setup, rates)  # with all layers: the most that will learn at once
     best, history = Trained(0, [], None), list[dict[str, float]]()
     for phase in range(1, config.phases + 1):
         opened = math.ceil(len(layers) * phase / config.phases)
@@ -99,12 +103,12 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
         done = len(history)
         history += [{**entry, "epoch": entry["epoch"] + done, "phase": phase} for entry in trained.history]
         if trained.diverged:
-            return attempt_from(strategy, network, rates, replace(trained, history=history))
+            return attempt_from(strategy, network, rates, replace(trained, history=history), tested)
         if best.best_epoch and rank_of(history[best.best_epoch - 1]) >= rank_of(history[trained.best_epoch + done - 1]):
             network.load_state_dict(before)
         else:
             best = Trained(trained.best_epoch + done, history, trained.correct)
-    return attempt_from(strategy, network, rates, best)
+    return attempt_from(strategy, network, rates, best, tested)
 
 
 def epochs_of_phase(epochs: int, phases: int, phase: int) -> int:
@@ -120,13 +124,14 @@ def train_adapters(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     settings = AdapterSettings(chosen.method, chosen.rank, chosen.alpha, chosen.dropout)
     network = inject_adapters(setup.start(strategy), settings, setup.example_inputs)
     rates, before = setup.rates(strategy), adapter_weights(network)
+    tested = rates_tested(network, setup, rates)
     trained = train_once(network, setup, rates, folder)
     if not trained.diverged and (untrained := untrained_adapters(network, before)):
         raise TrainingError(
             f"{len(untrained)} adapters were never trained, the first is {untrained[0]}; is the layer used in the "
             "forward pass, and the learning rate high enough?"
         )
-    return attempt_from(strategy, network, rates, trained)
+    return attempt_from(strategy, network, rates, trained, tested)
 
 
 STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {
@@ -163,12 +168,26 @@ def train_once(network: Any, setup: Setup, rates: Rates, folder: Path, epochs: i
         return Trained(0, error.history, None, str(error))
 
 
+def rates_tested(network: Any, setup: Setup, rates: Rates) -> RangeTest | None:
+    """The range test, where it is asked for; what it finds is said before training starts."""
+    from stages.finetune.range_test import find_rates
+
+    if not setup.config.learning_rate_test:
+        return None
+    found = find_rates(network, rates, setup)
+    if found.warning:
+        setup.context.log.warning("%-10s %s", "", found.warning)
+    return found
+
+
 def default_workers(device: str) -> int:
     """On a CPU training itself wants the cores; a GPU waits for pictures to be decoded."""
     return 0 if device == "cpu" else min(4, usable_cores() - 1)
 
 
-def attempt_from(strategy: Strategy, network: Any, rates: Rates, trained: Trained) -> Attempt:
+def attempt_from(
+    strategy: Strategy, network: Any, rates: Rates, trained: Trained, range_test: RangeTest | None
+) -> Attempt:
     """The attempt that a training gave."""
     from stages.finetune.rates import rate_table
 
@@ -184,4 +203,5 @@ def attempt_from(strategy: Strategy, network: Any, rates: Rates, trained: Traine
         history=trained.history,
         best_epoch=trained.best_epoch,
         diverged=trained.diverged,
+        range_test=range_test,
     )

@@ -20,12 +20,13 @@ from models.layers import Layer, backbone_layers
 from stages.artifact import digest_files
 from stages.data.splits import DataSplits, Example
 from stages.finetune import Finetune, FinetuneConfig
-from stages.finetune.ladder import climb, gain_of
+from stages.finetune.ladder import climb
 from stages.finetune.rates import decaying_rates, one_rate, parameter_groups, rate_table, unfreeze
 from stages.finetune.setup import Setup, build, with_frozen_result
 from stages.finetune.strategies import Attempt, epochs_of_phase
 from stages.finetune.wise import ALPHAS
 from stages.merge_lora import MergeLora, MergeLoraConfig
+from stages.statistics import gain_of
 from tests.models.tiny import classifier_of, image_backbone, inputs_of
 from tests.stages.small_run import QuietProgress, StoppingProgress, artifact_of, made_up_data, make_context
 
