@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline.report import svg
-from pipeline.report.facts import Candidate, Facts, mapping, number, records, sequence
+from pipeline.report.facts import Candidate, Facts, mapping, number, sequence
 from pipeline.report.formats import (
     MISSING,
     format_bytes,
@@ -22,6 +22,8 @@ from pipeline.report.formats import (
     format_time,
 )
 from pipeline.report.markup import Html, element, join, shorten
+from pipeline.report.parts import chip, scrolling, table
+from pipeline.report.training import training_section
 
 VERDICT_WORDS = {"pass": "✓ passed", "fail": "✗ not shipped", "partial": "◐ incomplete"}
 STATUS_WORDS = {
@@ -425,65 +427,6 @@ def mistakes_table(labels: Sequence[str], matrix: Sequence[Sequence[float]], lim
     )
 
 
-def training_section(facts: Facts) -> Html:
-    """Loss and accuracy over the epochs, with the baselines."""
-    measured = facts.measured("finetune")
-    history = records(measured.get("history"))
-    if not measured:
-        return Html("")
-    strategy, trained, total = (
-        measured.get("strategy"),
-        number(measured.get("trainable_parameters")),
-        number(measured.get("total_parameters")),
-    )
-    parts = [f"Strategy {strategy}" if strategy else "Training"]
-    if trained and total:
-        parts.append(f"{trained:,.0f} of {total:,.0f} parameters trained ({trained / total:.1%})")
-    if (accuracy := number(measured.get("validation_accuracy"))) is not None:
-        majority = number(measured.get("majority_baseline"))
-        against = f" (always the largest class: {format_percent(majority)})" if majority is not None else ""
-        parts.append(f"validation accuracy {format_percent(accuracy)}{against}")
-    plots = [plot for plot in (loss_plot(history, measured), accuracy_plot(history, measured)) if plot]
-    return join([element("p", "; ".join(parts) + ".", class_="hint"), element("div", *plots, class_="pair")])
-
-
-def history_series(history: Sequence[dict[str, Any]], key: str, name: str, style: str) -> svg.Series:
-    """The points of one quantity over the epochs; epochs without it are left out."""
-    points = [(number(entry.get("epoch")), number(entry.get(key))) for entry in history]
-    return svg.Series(name, tuple((x, y) for x, y in points if x is not None and y is not None), style)
-
-
-def loss_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
-    """Training and validation loss."""
-    series = [
-        history_series(history, "train_loss", "train", "second"),
-        history_series(history, "validation_loss", "validation", "first"),
-    ]
-    if not any(item.points for item in series):
-        return Html("")
-    text = "Loss by epoch: " + "; ".join(
-        f"{item.name} from {item.points[0][1]:.3g} to {item.points[-1][1]:.3g}" for item in series if item.points
-    )
-    chart = svg.line_chart(
-        series, text, lambda value: f"{value:.2f}", "epoch", marked_x=number(measured.get("best_epoch"))
-    )
-    return element("figure", element("h3", "Loss"), chart)
-
-
-def accuracy_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
-    """Validation accuracy and the frozen probe; the majority class is far below, and stands in the text."""
-    series = [history_series(history, "validation_accuracy", "validation", "first")]
-    if not series[0].points:
-        return Html("")
-    probe = number(measured.get("probe_validation_accuracy"))
-    rules = [("frozen probe", probe)] if probe is not None else []
-    text = f"Validation accuracy by epoch: from {series[0].points[0][1]:.1%} to {series[0].points[-1][1]:.1%}"
-    chart = svg.line_chart(
-        series, text, lambda value: f"{100 * value:.1f}%", "epoch", rules, number(measured.get("best_epoch"))
-    )
-    return element("figure", element("h3", "Validation accuracy"), chart)
-
-
 def stages_section(facts: Facts) -> Html:
     """Durations one after the other, peak memory, and why each stage ran."""
     bars, start = [], 0.0
@@ -577,31 +520,6 @@ def footer(facts: Facts) -> Html:
     """Where the numbers come from."""
     origin = f"Made from run.json of the run {facts.name}, {format_time(facts.run.get('created_at', ''))}."
     return element("footer", f"{origin} Every number above is in that file.")
-
-
-# --- pieces ---------------------------------------------------------------------------------------
-
-
-def chip(text: str, style: str) -> Html:
-    """A short verdict: words first, colour second."""
-    return element("span", text, class_=f"chip {style}")
-
-
-def scrolling(content: Html, name: str) -> Html:
-    """A region that scrolls sideways where the window is narrow, reachable by keyboard."""
-    return element("div", content, class_="scroll", tabindex="0", role="region", aria_label=name)
-
-
-def table(caption: str, heads: Sequence[str], rows: Sequence[Html], numeric: Sequence[int] = ()) -> Html:
-    """A table with a caption for screen readers; `numeric` columns are right-aligned."""
-    head = [
-        element("th", name, scope="col", class_="number" if index in numeric else None)
-        for index, name in enumerate(heads)
-    ]
-    return scrolling(
-        element("table", element("caption", caption), element("thead", element("tr", *head)), element("tbody", *rows)),
-        caption,
-    )
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (

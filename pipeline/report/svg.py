@@ -7,10 +7,11 @@ Points that are missing or not finite are left out, never drawn as zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from pipeline.report.formats import MISSING
 from pipeline.report.markup import Html, element, join, shorten
 
 CHARACTER = 6.6
@@ -339,6 +340,39 @@ def heatmap(labels: Sequence[str], matrix: Sequence[Sequence[float]], descriptio
                     )
                 )
     return drawing(left + size * cell + top * 0.72 + 4, top + size * cell + 4, description, *parts)
+
+
+def strips(
+    names: Sequence[str], rows: Mapping[str, Sequence[float | None]], description: str, cell_format: Format
+) -> Html:
+    """Rows of cells, one a name, shaded by their share of the row's largest value; missing ones stay empty."""
+    width, left, row, top = 980.0, 130.0, 30.0, 6.0
+    cell = (width - left - 70) / max(len(names), 1)
+    parts = []
+    for index, (title, values) in enumerate(rows.items()):
+        largest = max((value for value in values if value is not None), default=0.0)
+        y = top + index * row
+        parts.append(label(left - 12, y + row / 2 + 4, title, "label", "end"))
+        for column, (name, value) in enumerate(zip(names, values, strict=True)):
+            box = {"x": left + column * cell, "y": y, "width": max(cell - 1, 1.0), "height": row - 3}
+            shown = MISSING if value is None else cell_format(value)
+            parts.append(element("rect", element("title", f"{name}: {title} {shown}"), **box, class_="cell-empty"))
+            if value is not None and value > 0 and largest > 0:
+                strength = 0.06 + 0.94 * value / largest
+                parts.append(
+                    element(
+                        "rect",
+                        element("title", f"{name}: {title} {shown}"),
+                        **box,
+                        fill_opacity=strength,
+                        class_="cell-fill",
+                    )
+                )
+        parts.append(label(width - 62, y + row / 2 + 4, f"≤ {cell_format(largest)}", "tick"))
+    bottom = top + len(rows) * row
+    parts.append(label(left, bottom + 14, shorten(names[0], 30), "tick"))
+    parts.append(label(width - 70, bottom + 14, shorten(names[-1], 50), "tick", "end"))
+    return drawing(width, bottom + 22, description, *parts)
 
 
 def time_ticks(end: float, count: int = 5) -> list[float]:

@@ -173,11 +173,41 @@ def passing_run() -> dict[str, Any]:
         "best_epoch": 5,
         "trainable_parameters": 612_298,
         "total_parameters": 4_030_706,
-        "backbone_learning_rate": 3e-4,
+        "gain_over_probe": {"difference": 0.0152, "low": 0.002, "high": 0.029, "confidence": 0.95},
+        "backbone_learning_rates": [3e-4, 3e-4],
         "head_learning_rate": 1e-3,
         "history": history(),
-        "seconds": 141.2,
-    }
+        "seconds": {"frozen": 9.0, "training": 132.2},
+        "ladder": [
+            {"strategy": "feature-extraction", "validation_accuracy": 0.846, "seconds": 9.0, "gain": None, "kept": True,
+             "reason": "the start"},
+            {"strategy": "lora", "validation_accuracy": 0.8612, "seconds": 132.2, "kept": True, "reason": "+1.5 points",
+             "gain": {"difference": 0.0152, "low": 0.002, "high": 0.029, "confidence": 0.9}},
+            {"strategy": "lp-ft", "validation_accuracy": None, "seconds": 3.0, "gain": None, "kept": False,
+             "reason": "training diverged; lora is kept"},
+        ],
+        "against_raw": {
+            "curve": [{"examples": 111, "frozen": 0.70, "raw": 0.66}, {"examples": 1000, "frozen": 0.846, "raw": 0.80}],
+            "gain": {"difference": 0.046, "low": 0.02, "high": 0.07, "confidence": 0.95}, "warning": "",
+        },
+        "against_scratch": [
+            {"examples": 250, "tuned": 0.81, "scratch": 0.41, "gain": None},
+            {"examples": 1000, "tuned": 0.8612, "scratch": 0.71,
+             "gain": {"difference": 0.1512, "low": 0.12, "high": 0.18, "confidence": 0.95}},
+        ],
+        "learning_rate_test": {
+            "curve": [[0.01, 2.3], [0.1, 1.9], [1.0, 0.8], [10.0, 1.7]], "lowest": 1.0, "proposed": 0.1, "warning": "",
+        },
+        "layer_rates": [
+            {"layer": "head", "rate": 1e-3, "trained": 12_810, "parameters": 12_810},
+            {"layer": "blocks.1.0", "rate": 3e-4, "trained": 9_000, "parameters": 120_000},
+            {"layer": "stem", "rate": 0.0, "trained": 0, "parameters": 1_000},
+        ],
+        "forgetting": [
+            {"layer": "stem", "cka": 1.0, "movement": 0.0},
+            {"layer": "blocks.1.0", "cka": 0.83, "movement": 0.021},
+        ],
+    }  # fmt: skip
     quantized = {
         "samples": 256,
         "candidates": [

@@ -97,6 +97,34 @@ def replaced(run: dict[str, Any], path: tuple[str | int, ...], value: object) ->
 # --- what the headline says -----------------------------------------------------------------------
 
 
+def test_the_page_shows_how_the_backbone_was_adapted() -> None:
+    page = Page(render_html(passing_run()))
+    for part in (
+        "+1.5 pt +0.2 … +2.9 pt against the linear probe", "How auto chose", "training diverged; lora is kept",
+        "Does transfer pay?", "the features are worth +4.6 pt", "Against training from scratch", "Learning rate test",
+        "Lowest at 1 times the configured rates", "What each layer learned", "blocks.1.0: weights moved 0.021",
+        "blocks.1.0: outputs changed 0.17", "stem: learning rate 0",
+    ):  # fmt: skip
+        assert part in page.text, part
+
+
+def test_a_run_without_those_measurements_shows_none_of_it() -> None:
+    run = passing_run()
+    finetune = next(stage for stage in run["stages"] if stage["name"] == "finetune")
+    for key in ("ladder", "against_raw", "against_scratch", "learning_rate_test", "forgetting", "gain_over_probe"):
+        finetune["measurements"][key] = None
+    page = Page(render_html(run))
+    for part in (
+        "How auto chose",
+        "Does transfer pay?",
+        "Against training",
+        "Learning rate test",
+        "each layer learned",
+    ):
+        assert part not in page.text
+    assert "Validation accuracy" in page.text
+
+
 def test_passed_run_says_what_ships_with_its_numbers() -> None:
     facts = Facts(passing_run())
     assert (facts.verdict, facts.headline) == ("pass", "Ready to ship: onnx-int8-static")
