@@ -122,14 +122,11 @@ def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> di
 def find_beside(file: Path, values: dict[str, Any]) -> None:
     """Turn relative paths in the file into ones that lead there from here: they are looked for beside the file first,
     then in the working folder."""
-    data = values.get("data")
-    sections: list[tuple[dict[str, Any], str]] = [(values, "backbone")]
-    if isinstance(data, dict):
-        sections.append((data, "source"))
-    for section, key in sections:
-        path = section.get(key)
+    named = ((values, "backbone"), (values.get("data"), "source"), (values.get("finetune"), "from_run"))
+    for section, key in named:
+        path = section.get(key) if isinstance(section, dict) else None
         # os.path: a name that no file system takes is not there, where pathlib raises.
-        if isinstance(path, str) and path and os.path.exists(file.parent / path):
+        if isinstance(section, dict) and isinstance(path, str) and path and os.path.exists(file.parent / path):
             section[key] = str(file.parent / path)
 
 

@@ -96,9 +96,10 @@ class Runner:
 
     def key_parts(self, stage: Stage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         """Everything that can change the stage's result, by name."""
+        section = self.config.section(stage.name)
         parts: dict[str, Any] = {
             "stage": stage.name,
-            "config": self.config.section(stage.name).model_dump(mode="json"),
+            "config": section.model_dump(mode="json") | section.outside(),
             "seed": self.config.seed,
             "task": self.config.task,
             "data": {name: self.data.fingerprints[name] for name in stage.splits},

@@ -35,6 +35,10 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    def outside(self) -> dict[str, str]:
+        """Field → digest of what it names outside of the run, which counts for freshness in place of its path."""
+        return {}
+
 
 class Progress(Protocol):
     """Reports work done. `task` opens one bar of `total` steps; the yielded function advances it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import TrainingError
-from models.spec import BackboneSpec, ModelSpec
+from models.spec import ModelSpec
 from stages.artifact import digest_of
 from stages.base import NETWORK_PACKAGES, PROCESSING_PACKAGES
 from stages.environment import digest_of_code, user_cache, versions_of
@@ -29,14 +29,14 @@ MAX_CACHE_BYTES = 4 << 30
 """What was not used for longest is removed above this."""
 
 
-def features_key(backbone: BackboneSpec, spec: ModelSpec, processing: Processing, seed: int | None, device: str) -> str:
+def features_key(weights: Sequence[str], spec: ModelSpec, processing: Processing, device: str) -> str:
     """Digest of all but the examples that makes features: weights, architecture, preprocessing, code, libraries.
 
-    `seed` is that of random weights, None for pretrained ones.
+    `weights` are the digests of all that the backbone's weights come from.
     """
     return digest_of(
         {
-            "weights": [backbone.weights_digest, seed],
+            "weights": list(weights),
             "architecture": spec.architecture,
             "processing": repr(processing),
             "device": device,

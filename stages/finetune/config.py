@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from models.adapters import NOT_FOLDABLE, SCALED_BY_B, Method
+from stages.artifact import Artifact, read_artifact
 from stages.base import StageConfig
 
 Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora"]
@@ -24,6 +26,14 @@ LAYER_RATES: dict[Family, tuple[float, float]] = {
 """Kind of backbone → learning rate of the head, and how many times lower the bottom layer learns, where all weights
 are trained. The layers between are spaced geometrically, so the middle of a transformer learns at the 3e-5 to 5e-5
 that full fine-tuning at one rate takes (Devlin et al. 2019; Dosovitskiy et al. 2021)."""
+
+
+def merged_network_of(run: str) -> Artifact:
+    """The merge-lora artifact of a run folder. Raises `ValueError` where there is none."""
+    artifact = read_artifact("merge-lora", Path(run) / "merge-lora")
+    if artifact is None:
+        raise ValueError("holds no merged network; run `pipeline all --until merge-lora` there first")
+    return artifact
 
 
 class LoraConfig(StageConfig):
@@ -115,6 +125,16 @@ class FinetuneConfig(StageConfig):
         description="Afterwards try weights between the starting ones and the trained ones (WiSE-FT; adapters are "
         "scaled) and keep the best on validation.",
     )
+    from_run: str | None = Field(
+        default=None,
+        description="Folder of another run whose merged network this one starts from, with a new head: transfer "
+        "through an intermediate task. It must have the same backbone.",
+    )
+    compare_direct: bool = Field(
+        default=False,
+        description="With from_run: train from the backbone directly too, to say what the intermediate task is worth. "
+        "The probes are compared in any case.",
+    )
     from_scratch: bool = Field(
         default=False, description="Start from random backbone weights: the baseline that transfer must beat."
     )
@@ -159,6 +179,21 @@ class FinetuneConfig(StageConfig):
         default=0.01, ge=0, description="Gate: training may end this much below the linear probe (accuracy)."
     )
 
+    @field_validator("from_run")
+    @classmethod
+    def refuse_what_is_no_run(cls, value: str | None) -> str | None:
+        """A run with a merged network whose gates passed."""
+        if value is not None:
+            merged = merged_network_of(value)
+            failed = [gate["name"] for gate in merged.manifest["gates"] if gate["verdict"] != "pass"]
+            if failed:
+                raise ValueError(f"merge-lora of that run has a failed gate ({failed[0]})")
+        return value
+
+    def outside(self) -> dict[str, str]:
+        """The digest of the network to start from."""
+        return {} if self.from_run is None else {"from_run": merged_network_of(self.from_run).digest}
+
     @field_validator("scratch_fractions")
     @classmethod
     def refuse_what_is_no_share(cls, value: tuple[float, ...]) -> tuple[float, ...]:
@@ -189,6 +224,10 @@ class FinetuneConfig(StageConfig):
             and (self.backbone_learning_rate or self.head_learning_rate or self.layer_rate_ratio)
         ):
             raise ValueError("auto tries strategies whose rates differ by ten times; to set rates name the strategy")
+        if self.from_run and self.from_scratch:
+            raise ValueError("from_scratch has random weights, from_run those of another run; write one of them")
+        if self.compare_direct and not self.from_run:
+            raise ValueError("compare_direct compares with from_run, which is not written")
         if self.strategy == "lp-ft" and self.initial_head == "random":
             raise ValueError("lp-ft starts from the probe; with initial_head: random write strategy: full")
         if self.strategy == "gradual-unfreezing" and self.epochs < self.phases:

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from models.errors import ModelError
+from stages.artifact import verify_files
 from stages.data.splits import SplitName
-from stages.finetune.config import ADAPTER_RATES, LAYER_RATES, Family, FinetuneConfig, Strategy
+from stages.finetune.config import ADAPTER_RATES, LAYER_RATES, Family, FinetuneConfig, Strategy, merged_network_of
 from stages.finetune.rates import Rates, decaying_rates, one_rate
 
 if TYPE_CHECKING:
@@ -146,7 +147,35 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     loaded = load_backbone(backbone, context.task, config.image_size, config.max_length, not config.from_scratch)
     model = new_classifier(loaded, len(context.data.labels))
     spec = make_spec(context.task, backbone, loaded, context.data.labels)
+    if config.from_run:
+        start_from(model, spec, config.from_run)
     return Setup(model, spec, loaded.processing, context, config)
+
+
+def start_from(model: Classifier, spec: ModelSpec, run: str) -> None:
+    """Give the backbone the weights of another run's merged network; the head stays new.
+
+    Raises:
+        ModelError: that run has another backbone, or its files are not those that it wrote.
+    """
+    from models.checkpoint import load_checkpoint
+
+    merged = merged_network_of(run)
+    if changed := verify_files(merged):
+        raise ModelError(f"the network of finetune.from_run ({run}) is not as it was written: {changed}")
+    other = load_checkpoint(merged.folder / "checkpoint")
+    if other.spec.architecture != spec.architecture:
+        raise ModelError(
+            f"finetune.from_run ({run}) has {other.spec.backbone.id}, of another architecture or size than here "
+            f"{spec.backbone.id}; both runs need the same backbone, image_size and max_length"
+        )
+    model.backbone.load_state_dict(other.model.backbone.state_dict())
+
+
+def weights_of(context: StageContext, config: FinetuneConfig) -> list[str]:
+    """What the backbone's weights come from: digests, and the seed of random ones."""
+    seed = [f"seed {context.seed}"] if config.from_scratch else []
+    return [context.backbone.weights_digest, *config.outside().values(), *seed]
 
 
 def with_frozen_result(setup: Setup) -> Setup:
@@ -157,8 +186,7 @@ def with_frozen_result(setup: Setup) -> Setup:
     from stages.features.probe import NEIGHBOURS, fit_probe, knn_accuracy, score_head
 
     context = setup.context
-    random_seed = context.seed if setup.config.from_scratch else None
-    key = features_key(context.backbone, setup.spec, setup.processing, random_seed, context.device)
+    key = features_key(weights_of(context, setup.config), setup.spec, setup.processing, context.device)
     started = time.monotonic()
     features: dict[SplitName, np.ndarray] = {}
     labels: dict[SplitName, np.ndarray] = {}

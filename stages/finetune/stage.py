@@ -17,7 +17,9 @@ from stages.artifact import write_json
 from stages.base import NETWORK_PACKAGES, PROCESSING_PACKAGES, MachinePart, StageContext, StageResult
 from stages.data.splits import SplitName
 from stages.finetune.config import FinetuneConfig
+from stages.finetune.notes import notes_of
 from stages.gate import Gate, GateResult
+from stages.statistics import gain_of
 
 if TYPE_CHECKING:
     from models.modalities import Processing
@@ -41,7 +43,7 @@ class Finetune:
         from stages.finetune.ladder import climb
         from stages.finetune.setup import build, seed_everything, with_frozen_result
         from stages.finetune.strategies import make_attempt
-        from stages.finetune.transfer import compare_with_raw, compare_with_scratch
+        from stages.finetune.transfer import compare_with_direct, compare_with_raw, compare_with_scratch
 
         seed_everything(context, config)
         setup = build(context, config)
@@ -62,6 +64,7 @@ class Finetune:
             {"curve": raw.curve, "gain": vars(raw.gain), "warning": raw.warning} if raw else None
         )
         measurements["against_scratch"] = compare_with_scratch(setup, attempt, context.resume)
+        measurements["against_direct"] = compare_with_direct(setup, attempt, context.resume)
         # Without the seconds: the same training gives the same bytes, so nothing that follows runs again.
         epochs = [{key: entry[key] for key in entry if key != "seconds"} for entry in attempt.history]
         write_json(context.output / "history.json", {"epochs": epochs})
@@ -87,7 +90,6 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
     """The measurements of the stage."""
     from stages.finetune.forgetting import measure_forgetting
     from stages.finetune.setup import count
-    from stages.statistics import gain_of
 
     data, frozen = setup.context.data, setup.frozen
     validation = Counter(one.label for one in data["validation"])
@@ -164,44 +166,3 @@ def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult,
             )
         )
     return tuple(gates)
-
-
-def notes_of(measured: dict[str, Any]) -> list[str]:
-    """What a person should read."""
-    if measured["diverged"]:
-        return [f"training diverged: {measured['diverged']}"]
-    share = measured["trainable_parameters"] / measured["total_parameters"]
-    line = f"{measured['strategy']}: validation accuracy {measured['validation_accuracy']:.4f}"
-    if measured["probe_validation_accuracy"] is not None:
-        line += f" (probe {measured['probe_validation_accuracy']:.4f}, majority {measured['majority_baseline']:.4f})"
-    notes = [f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"]
-    if gain := measured["gain_over_probe"]:
-        notes.append(
-            f"against the probe {gain['difference']:+.4f} (95% interval {gain['low']:+.4f} to {gain['high']:+.4f}) for "
-            f"{measured['seconds']['training']:.0f} s of training; the probe took {measured['seconds']['frozen']:.0f} s"
-        )
-    if raw := measured["against_raw"]:
-        last = raw["curve"][-1]
-        notes.append(raw["warning"] or f"a linear model on the raw inputs reaches {last['raw']:.4f}")
-    notes += [
-        f"with {row['examples']} training examples {measured['strategy']} reaches {shown(row['tuned'])}, training from "
-        f"scratch {shown(row['scratch'])}"
-        for row in measured["against_scratch"]
-    ]
-    notes += [f"auto: {rung['strategy']}: {rung['reason']}" for rung in measured["ladder"]]
-    if (found := measured["learning_rate_test"]) and found["warning"]:
-        notes.append(found["warning"])
-    if measured["wise_ft"]:
-        best = max(measured["wise_ft"], key=lambda row: (row["validation_accuracy"], row["alpha"]))
-        notes.append(f"WiSE-FT keeps {best['alpha']:g} of the change")
-    if measured["truncated"]:
-        notes.append(
-            f"{measured['truncated']} of {measured['samples']['train']} training texts are longer than "
-            "finetune.max_length and were cut"
-        )
-    return notes
-
-
-def shown(accuracy: float | None) -> str:
-    """An accuracy, or what there is instead."""
-    return "nothing (it diverged)" if accuracy is None else f"{accuracy:.4f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.data.splits import Example
@@ -18,8 +19,6 @@ from stages.finetune.strategies import Attempt, make_attempt
 from stages.statistics import Gain, gain_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
 FRACTIONS = (1 / 9, 1 / 3, 1.0)
@@ -38,8 +37,8 @@ class RawComparison:
 
     @property
     def warning(self) -> str:
-        """What to do where the features are worth no more than the inputs; empty where they are."""
-        if self.gain.difference > 0:
+        """What to do where the features are worth less than the inputs; empty where they are."""
+        if self.gain.difference >= 0:
             return ""
         last = self.curve[-1]
         return (
@@ -148,3 +147,27 @@ def from_scratch(setup: Setup) -> Setup:
     config = FinetuneConfig.model_validate({**setup.config.model_dump(), **changes, **rates})
     seed_everything(setup.context, config)
     return build(setup.context, config)
+
+
+def compare_with_direct(setup: Setup, made: Attempt, folder: Path) -> dict[str, Any] | None:
+    """What the intermediate task is worth: the probe on its features against the probe on the backbone's own, and with
+    `finetune.compare_direct` the strategy from both. None without `finetune.from_run`."""
+    config = setup.config
+    if config.from_run is None:
+        return None
+    without = FinetuneConfig.model_validate({**config.model_dump(), "from_run": None, "compare_direct": False})
+    seed_everything(setup.context, without)
+    direct = with_frozen_result(build(setup.context, without))
+    assert setup.frozen is not None and direct.frozen is not None
+    found: dict[str, Any] = {
+        "run": Path(config.from_run).name,
+        "probe": float(setup.frozen.correct.mean()),
+        "direct_probe": float(direct.frozen.correct.mean()),
+        "probe_gain": vars(gain_of(setup.frozen.correct, direct.frozen.correct, 0.95)),
+    }
+    if config.compare_direct and made.correct is not None:
+        other = make_attempt(made.strategy, direct, folder / "direct")
+        found |= {"tuned": made.accuracy, "direct_tuned": other.accuracy}
+        if other.correct is not None:
+            found["tuned_gain"] = vars(gain_of(made.correct, other.correct, 0.95))
+    return found

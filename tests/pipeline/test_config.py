@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,18 @@ def test_paths_are_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypa
     assert load_config(file, ["data.source=others"])[0].data.source == "others"
     monkeypatch.chdir(tmp_path / "project")
     assert load_config(Path("pipeline.yaml"))[0].data.source == "photos"
+
+
+def test_another_run_is_looked_for_beside_the_file_and_must_be_one(tmp_path: Path) -> None:
+    file = write(tmp_path, VISION + "finetune: {from_run: runs/first}\n")
+    with pytest.raises(ConfigError, match="holds no merged network"):
+        load_config(file)
+    merged = tmp_path / "runs/first/merge-lora"
+    merged.mkdir(parents=True)
+    manifest = {"schema_version": 1, "stage": "merge-lora", "files": {}, "gates": []}
+    (merged / "manifest.json").write_text(json.dumps(manifest))
+    config, _ = load_config(file)
+    assert config.finetune.from_run == str(tmp_path / "runs/first")
 
 
 def test_not_yaml_names_the_line(tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 
 from models.backbones.packaged import find_packaged
+from models.checkpoint import load_checkpoint
+from models.errors import ModelError
 from stages.data.splits import DataSplits
 from stages.finetune import Finetune, FinetuneConfig
 from stages.finetune.setup import build
@@ -48,7 +53,7 @@ def test_imagenet_features_are_worth_less_than_the_pixels_of_digits(tmp_path: Pa
 def test_features_that_know_more_than_the_inputs_raise_no_warning(tmp_path: Path) -> None:
     result = Finetune().run(make_context(tmp_path, "out", made_up_data("text"), "text"), PROBE)
     against = result.measurements["against_raw"]
-    assert (against["warning"] == "") is (against["gain"]["difference"] > 0)
+    assert (against["warning"] == "") is (against["gain"]["difference"] >= 0)
     assert [note for note in result.notes if "raw inputs" in note]
 
 
@@ -88,3 +93,73 @@ def test_from_scratch_has_other_weights_and_rates_of_its_own(tmp_path: Path, dat
     name = "backbone.network.conv_stem.weight"
     assert not np.allclose(scratch.model.state_dict()[name], setup.model.state_dict()[name])
     assert scratch.rates("full").head == 1e-3
+
+
+def finished_run(root: Path, data: DataSplits) -> Path:
+    """A run folder up to merge-lora, with the manifests that a runner writes."""
+    import json
+
+    from stages.artifact import Artifact, digest_files
+    from stages.merge_lora import MergeLora, MergeLoraConfig
+
+    run = root / "first"
+    run.mkdir(parents=True)
+    context = make_context(root, "first/finetune", data)
+    Finetune().run(context, FinetuneConfig(strategy="lora", epochs=1, batch_size=8, backbone_learning_rate=0.01))
+    inputs = {"finetune": Artifact("finetune", context.output, {"files": digest_files(context.output)})}
+    merged = make_context(root, "first/merge-lora", data, inputs=inputs)
+    result = MergeLora().run(merged, MergeLoraConfig())
+    manifest = {"schema_version": 1, "stage": "merge-lora", "files": digest_files(merged.output)}
+    gates = [gate.to_dict() for gate in result.gates]
+    (merged.output / "manifest.json").write_text(json.dumps({**manifest, "gates": gates, "inputs": {}}))
+    return run
+
+
+def test_a_run_starts_from_another_and_says_what_that_is_worth(tmp_path: Path, data: DataSplits) -> None:
+    run = finished_run(tmp_path, data)
+    config = FinetuneConfig(strategy="lora", epochs=1, batch_size=8, from_run=str(run), compare_direct=True)
+    setup = build(make_context(tmp_path, "look", data), config)
+    plain = build(make_context(tmp_path, "plain", data), FinetuneConfig())
+    merged = load_checkpoint(run / "merge-lora/checkpoint").model
+    name = "backbone.network.conv_head.weight"
+    assert torch.equal(setup.model.state_dict()[name], merged.state_dict()[name])
+    assert not torch.equal(setup.model.state_dict()[name], plain.model.state_dict()[name])
+    assert not torch.equal(setup.model.task_head.weight, merged.task_head.weight)  # the head is new
+    result = Finetune().run(make_context(tmp_path, "second", data), config)
+    direct = result.measurements["against_direct"]
+    assert direct["run"] == "first"
+    assert direct["probe"] == result.measurements["probe_validation_accuracy"]
+    assert direct["probe_gain"]["difference"] == pytest.approx(direct["probe"] - direct["direct_probe"])
+    assert direct["tuned_gain"]["difference"] == pytest.approx(direct["tuned"] - direct["direct_tuned"])
+    assert len([note for note in result.notes if note.startswith("through first ")]) == 2
+    base = load_checkpoint(tmp_path / "second/base").model
+    assert torch.equal(base.state_dict()[name], merged.state_dict()[name])
+
+
+def test_freshness_looks_at_the_other_network_not_at_its_path(tmp_path: Path, data: DataSplits) -> None:
+    run = finished_run(tmp_path, data)
+    before = FinetuneConfig(from_run=str(run)).outside()
+    shutil.copytree(run, tmp_path / "moved")
+    assert FinetuneConfig(from_run=str(tmp_path / "moved")).outside() == before
+    manifest = tmp_path / "moved/merge-lora/manifest.json"
+    weights = '"checkpoint/model.safetensors": "'
+    manifest.write_text(manifest.read_text().replace(weights, f"{weights}0"))
+    assert FinetuneConfig(from_run=str(tmp_path / "moved")).outside() != before
+    with pytest.raises(ModelError, match="is not as it was written"):
+        build(make_context(tmp_path, "out", data), FinetuneConfig(from_run=str(tmp_path / "moved")))
+
+
+def test_a_start_that_cannot_be_one_is_refused(tmp_path: Path, data: DataSplits) -> None:
+    with pytest.raises(ValidationError, match="holds no merged network"):
+        FinetuneConfig(from_run=str(tmp_path / "nowhere"))
+    run = finished_run(tmp_path, data)
+    with pytest.raises(ModelError, match="both runs need the same backbone"):
+        build(make_context(tmp_path, "text", made_up_data("text"), "text"), FinetuneConfig(from_run=str(run)))
+    with pytest.raises(ValidationError, match="write one of them"):
+        FinetuneConfig(from_run=str(run), from_scratch=True)
+    with pytest.raises(ValidationError, match="which is not written"):
+        FinetuneConfig(compare_direct=True)
+    manifest = run / "merge-lora/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"verdict": "pass"', '"verdict": "fail"', 1))
+    with pytest.raises(ValidationError, match="has a failed gate"):
+        FinetuneConfig(from_run=str(run))

@@ -1,0 +1,64 @@
+"""What a person should read of the measurements of finetune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from stages.statistics import Gain
+
+
+def notes_of(measured: dict[str, Any]) -> Iterator[str]:
+    """A sentence each."""
+    if measured["diverged"]:
+        yield f"training diverged: {measured['diverged']}"
+        return
+    yield result_of(measured)
+    if gain := measured["gain_over_probe"]:
+        seconds = measured["seconds"]
+        yield (
+            f"against the probe {Gain(**gain)} for {seconds['training']:.0f} s of training; the probe took "
+            f"{seconds['frozen']:.0f} s"
+        )
+    yield from comparisons_of(measured)
+    yield from (f"auto: {rung['strategy']}: {rung['reason']}" for rung in measured["ladder"])
+    if (found := measured["learning_rate_test"]) and found["warning"]:
+        yield found["warning"]
+    if measured["wise_ft"]:
+        best = max(measured["wise_ft"], key=lambda row: (row["validation_accuracy"], row["alpha"]))
+        yield f"WiSE-FT keeps {best['alpha']:g} of the change"
+    if measured["truncated"]:
+        yield (
+            f"{measured['truncated']} of {measured['samples']['train']} training texts are longer than "
+            "finetune.max_length and were cut"
+        )
+
+
+def result_of(measured: dict[str, Any]) -> str:
+    """The strategy and its accuracy beside the baselines."""
+    share = measured["trainable_parameters"] / measured["total_parameters"]
+    line = f"{measured['strategy']}: validation accuracy {measured['validation_accuracy']:.4f}"
+    if measured["probe_validation_accuracy"] is not None:
+        line += f" (probe {measured['probe_validation_accuracy']:.4f}, majority {measured['majority_baseline']:.4f})"
+    return f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"
+
+
+def comparisons_of(measured: dict[str, Any]) -> Iterator[str]:
+    """Against raw inputs, training from scratch, and going directly."""
+    if raw := measured["against_raw"]:
+        yield raw["warning"] or f"a linear model on the raw inputs reaches {raw['curve'][-1]['raw']:.4f}"
+    for row in measured["against_scratch"]:
+        yield (
+            f"with {row['examples']} training examples {measured['strategy']} reaches {shown(row['tuned'])}, training "
+            f"from scratch {shown(row['scratch'])}"
+        )
+    if direct := measured["against_direct"]:
+        for what, name in (("probe", "the probe"), ("tuned", measured["strategy"])):
+            if gain := direct.get(f"{what}_gain"):
+                there = f"{name} reaches {direct[what]:.4f}, directly {direct[f'direct_{what}']:.4f}"
+                yield f"through {direct['run']} {there} ({Gain(**gain)})"
+
+
+def shown(accuracy: float | None) -> str:
+    """An accuracy, or what there is instead."""
+    return "nothing (it diverged)" if accuracy is None else f"{accuracy:.4f}"
