@@ -31,7 +31,7 @@ from stages.base import (
 from stages.candidates import Candidate, read_candidates
 from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
-from stages.validate.latency import OtherWork, is_disturbed, speedup_of
+from stages.latency import OtherWork, is_disturbed, speedup_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,7 +220,7 @@ def all_timings(
     """Latency and throughput of the reference and every candidate, with equal threads, in turns."""
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
-    from stages.validate.latency import measure_latency
+    from stages.latency import measure_latency
 
     contents = [one.content for one in context.data["test"][: config.batch_size]]
     if not contents:

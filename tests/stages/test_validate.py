@@ -20,9 +20,9 @@ from models.errors import IntegrityError
 from stages.artifact import sha256_of_file
 from stages.base import StageResult
 from stages.candidates import write_candidates
+from stages.latency import OtherWork, is_disturbed, speedup_of
 from stages.statistics import smallest_visible_drop
 from stages.validate import Validate, ValidateConfig
-from stages.validate.latency import OtherWork, is_disturbed, speedup_of
 from stages.validate.stage import GatesConfig, check, choice_gates, choose, over_limits
 from tests.stages.chain import (
     LABELS,

@@ -12,7 +12,7 @@ import pytest
 from models.modalities.vision import ImageProcessing
 from models.spec import IOSpec, TensorSpec
 from pipeline.progress import QuietProgress
-from stages.validate.latency import measure_latency
+from stages.latency import measure_latency
 from stages.validate.metrics import NUMBERS, Outputs, collect_outputs, compare, confusion_of, output_problem
 from tests.stages.chain import test_split as examples_of
 
