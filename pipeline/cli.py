@@ -200,6 +200,48 @@ def init(
 
 
 @app.command()
+def rank(
+    backbones: Annotated[list[str], typer.Argument(help="timm:<name>, hf:<org>/<repo> or folders.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The configuration file; not needed with --task and --data.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="What the network does, e.g. image-classification.")] = None,
+    data: Annotated[str | None, typer.Option(help="demo:<name>, a folder, a file or hf:<dataset>.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Use only so many training examples.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=16, help="Side of the input image in pixels.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the folds.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads that latency is measured with.")] = None,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON there too.")] = None,
+    json_: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="The result only, no progress.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Which backbone fits the data, and what each would cost."""
+    from pipeline.rank import exit_code_of, print_ranking, rank_backbones, read_request, write_record
+    from pipeline.terminal import configure_logging, make_progress
+
+    options = {
+        "task": task,
+        "data.source": data,
+        "data.max_train_samples": max_samples,
+        "finetune.image_size": image_size,
+        "seed": seed,
+        "threads": threads,
+    }
+    loaded, specs = read_request(backbones, config, options, set_ or [], output)
+    record = rank_backbones(loaded, specs, configure_logging(quiet, verbose), make_progress(quiet))
+    if output:
+        write_record(output, record)
+    if json_:
+        print_json(record)
+    else:
+        print_ranking(record)
+    if code := exit_code_of(record):
+        raise typer.Exit(code)
+
+
+@app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder or tar.")],
     inputs: Annotated[list[str], typer.Argument(help="Image files; for text bundles, texts or - for standard input.")],

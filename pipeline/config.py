@@ -75,6 +75,17 @@ def load_config(file: Path, settings: Sequence[str] = ()) -> tuple[PipelineConfi
     values, lines = read_yaml(file)
     values = without_empty_sections(values, PipelineConfig)
     find_beside(file, values)
+    return make_config(values, lines, file, settings)
+
+
+def make_config(
+    values: dict[str, Any], lines: dict[tuple[str, ...], str], file: Path, settings: Sequence[str]
+) -> tuple[PipelineConfig, BackboneSpec]:
+    """`load_config` of values that were read already; `lines` names the place of each key, `file` that of the others.
+
+    Raises:
+        ConfigError: with every problem found in the values, the settings and the backbone id.
+    """
     problems: list[Problem] = []
     for setting in settings:
         problem = apply_setting(values, setting)
