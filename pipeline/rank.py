@@ -454,8 +454,8 @@ def explanation(record: Mapping[str, Any]) -> str:
     cost = next(row["cost"] for row in record["rows"] if row["cost"])
     return (
         f"{data['examples']} training examples of {data['source']}, {data['classes']} classes; linear probe and kNN by "
-        f"{record['folds']}-fold cross-validation. Places by the probe; = shares a place: no difference inside the "
-        f"{record['confidence']:.0%} interval. Times on this machine ({record['device']}): one "
+        f"{record['folds']}-fold cross-validation. Places by the probe; = is a tie: the {record['confidence']:.0%} "
+        f"interval of the difference holds zero. Times on this machine ({record['device']}): one "
         f"example in PyTorch (threads: {cost['threads']}), one pass over the examples for features, one epoch of "
         f"full fine-tuning at batch size {cost['batch_size']}, with its memory as an estimate."
     )
