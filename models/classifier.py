@@ -48,20 +48,24 @@ def make_spec(task: Task, backbone: BackboneSpec, loaded: LoadedBackbone, labels
     return ModelSpec(task, replace(backbone, folder=None), loaded.architecture, loaded.feature_dim, labels, {}, io)
 
 
-def hold_frozen_batchnorm(model: nn.Module) -> None:
-    """Keep batch norm on its running statistics where its layer is frozen, also after `model.train()`.
+def hold_batchnorm(model: nn.Module) -> None:
+    """Keep batch norm on its running statistics, also after `model.train()`. Its scale and offset may still learn.
 
-    An adapter does not carry those statistics: if training moved them, a reload would drift. A frozen layer whose
-    statistics move is not frozen. Batch norms whose layer is trained are released again.
+    An adapter does not carry those statistics: if training moved them, a reload would drift. And a head that was
+    fitted on features under them fits no others: on images far from the pretrained ones a batch's own statistics give
+    it other features at the first step (EfficientNet-Lite0 on Fashion-MNIST: .856 falls to .63 in an epoch, whatever
+    the rate).
     """
-    everything = all(parameter.requires_grad for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if everything or any(parameter.requires_grad for parameter in module.parameters()):
-                module.__dict__.pop("train", None)
-            else:
-                module.eval()
-                module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
+            module.eval()
+            module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
+
+
+def moving_batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms whose statistics training moves: those that are not held."""
+    found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [module for module in found if "train" not in module.__dict__]
 
 
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:

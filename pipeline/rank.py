@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from models.errors import ConfigError, DataError, ModelError, PipelineError, Problem, StageError
 from models.registry import check_task, pin, resolve
 from pipeline.config import PipelineConfig, load_config, make_config
-from pipeline.machine import REPORTED_PACKAGES, describe_hardware, resolve_device, versions_of
+from pipeline.machine import REPORTED_PACKAGES, describe_hardware, resolve_device
 from pipeline.report.formats import (
     MISSING,
     format_bytes,
@@ -28,9 +27,11 @@ from pipeline.report.formats import (
     format_points,
     format_ratio,
 )
-from stages.artifact import digest_of, write_json
-from stages.base import Progress, StageContext
+from stages.artifact import write_json
+from stages.base import Progress
 from stages.data.load import load_data
+from stages.environment import usable_cores, versions_of
+from stages.features.compute import compute_features, features_key
 from stages.transferability.cost import Cost, measure_cost
 from stages.transferability.ranking import (
     CONFIDENCE,
@@ -48,8 +49,6 @@ from stages.transferability.ranking import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.classifier import Classifier
-    from models.modalities import Processing
     from models.spec import BackboneSpec
     from stages.data.splits import DataSplits
     from stages.transferability.scores import Fold
@@ -147,7 +146,6 @@ def rank_backbones(
     import numpy as np
     import torch
 
-    from stages.finetune.stage import usable_cores
     from stages.transferability.scores import make_folds
 
     device = resolve_device(config.device)
@@ -161,7 +159,7 @@ def rank_backbones(
     for number, spec in enumerate(specs, 1):
         log.info("%-10s %d of %d: %s", "rank", number, len(specs), spec.id)
         try:
-            measured.append(measure(spec, config, data, labels, folds, device, log, progress))
+            measured.append(measure(spec, config, data, labels, folds, device, progress))
         except DataError:
             raise  # of the data, which every backbone sees
         except PipelineError as error:
@@ -178,13 +176,12 @@ def measure(
     labels: np.ndarray,
     folds: Sequence[Fold],
     device: str,
-    log: logging.Logger,
     progress: Progress,
 ) -> Measured:
     """Features once, four scores of them, then the costs. Raises `PipelineError` where the backbone does not do."""
     import numpy as np
 
-    from models.classifier import new_classifier
+    from models.classifier import make_spec, new_classifier
     from models.registry import load_backbone
     from stages.transferability.scores import h_score, judge_neighbours, judge_probe, log_me
 
@@ -192,9 +189,9 @@ def measure(
     with translated_errors(spec):
         loaded = load_backbone(spec, config.task, config.finetune.image_size, config.finetune.max_length)
         model = new_classifier(loaded, len(data.labels))
-        with tempfile.TemporaryDirectory() as folder:
-            context = make_context(Path(folder), spec, config, data, device, log, progress)
-            features = features_of(model, loaded.processing, context)
+        described = make_spec(config.task, spec, loaded, data.labels)
+        key = features_key([spec.weights_digest], described, loaded.processing, device)
+        features = compute_features(model, loaded.processing, data["train"], key, device, progress)
     if not np.ptp(features, axis=0).any():
         raise ModelError(f"{spec.id} gives every example the same features; are its weights those of this network?")
     probe = judge_probe(features, labels, folds, config.seed, progress, spec.id)
@@ -208,39 +205,6 @@ def measure(
         batch_size = config.finetune.batch_size
         cost = measure_cost(model, loaded.processing, data["train"], batch_size, device, config.threads)
     return Measured(spec, Candidate(spec.id, cost.parameters, scores, probe.correct), cost, features.shape[1])
-
-
-def features_of(model: Classifier, processing: Processing, context: StageContext) -> np.ndarray:
-    """float32 (examples, features) of the train split, as finetune computes them."""
-    from stages.finetune.probe import compute_features
-
-    key = digest_of([context.backbone.weights_digest, repr(processing)])
-    return compute_features(model, processing, context.data["train"], context, key)
-
-
-def make_context(
-    folder: Path,
-    spec: BackboneSpec,
-    config: PipelineConfig,
-    data: DataSplits,
-    device: str,
-    log: logging.Logger,
-    progress: Progress,
-) -> StageContext:
-    """What finetune's functions want to be told; what they write goes with `folder`."""
-    return StageContext(
-        output=folder,
-        resume=folder,
-        inputs={},
-        task=config.task,
-        backbone=spec,
-        data=data,
-        seed=config.seed,
-        device=device,
-        threads=config.threads,
-        log=log,
-        progress=progress,
-    )
 
 
 @contextmanager

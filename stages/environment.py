@@ -35,3 +35,8 @@ def digest_of_code(*folders: str) -> str:
 def user_cache() -> Path:
     """`$XDG_CACHE_HOME/adapt-to-edge`. What is in there only saves time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "adapt-to-edge"
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

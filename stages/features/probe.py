@@ -132,31 +132,21 @@ def folds_of(labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield from StratifiedKFold(min(FOLDS, largest)).split(some, labels[some])
 
 
-def knn_accuracy(
-    features: np.ndarray, labels: np.ndarray, others: np.ndarray, other_labels: np.ndarray, classes: int
-) -> float:
-    """Accuracy on `others` of the weighted vote of the nearest `features` (float32, examples × features).
+def predict_by_neighbours(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """int64 (others,): the weighted vote of the nearest `features` (float32, examples × features) for each of `others`.
 
     A neighbour of cosine similarity s votes with exp(s / `TEMPERATURE`).
     """
     import numpy as np
+    from sklearn.neighbors import KNeighborsClassifier
 
-    def directions(values: np.ndarray) -> np.ndarray:
-        scaled: np.ndarray = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-        return scaled
+    def votes(distances: np.ndarray) -> np.ndarray:
+        weights: np.ndarray = np.exp((1 - distances) / TEMPERATURE)
+        return weights
 
-    centre = features.mean(0)
-    memory, count = directions(features - centre), min(NEIGHBOURS, len(features))
-    right = 0
-    for start in range(0, len(others), 1024):
-        similarity = directions(others[start : start + 1024] - centre) @ memory.T
-        nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-        votes = np.exp((np.take_along_axis(similarity, nearest, 1) - 1) / TEMPERATURE)
-        ballot = np.zeros((len(nearest), classes))
-        for column in range(count):
-            np.add.at(ballot, (np.arange(len(nearest)), labels[nearest[:, column]]), votes[:, column])
-        right += int((ballot.argmax(1) == other_labels[start : start + 1024]).sum())
-    return right / len(others)
+    voters = KNeighborsClassifier(min(NEIGHBOURS, len(features)), weights=votes, metric="cosine")
+    predicted: np.ndarray = voters.fit(features, labels).predict(others)
+    return predicted
 
 
 def score_head(

@@ -19,13 +19,14 @@ ADAPTER_RATES: dict[str, tuple[float, float]] = {"timm": (1e-3, 2e-3), "hf": (5e
 (Schulman et al. 2025, "LoRA Without Regret"; measured on the two recipes)."""
 
 LAYER_RATES: dict[Family, tuple[float, float]] = {
-    "cnn": (1e-3, 10.0),
+    "cnn": (1e-3, 100.0),
     "transformer": (5e-4, 100.0),
     "text": (3e-4, 100.0),
 }
 """Kind of backbone → learning rate of the head, and how many times lower the bottom layer learns, where all weights
 are trained. The layers between are spaced geometrically, so the middle of a transformer learns at the 3e-5 to 5e-5
-that full fine-tuning at one rate takes (Devlin et al. 2019; Dosovitskiy et al. 2021)."""
+that full fine-tuning at one rate takes (Devlin et al. 2019; Dosovitskiy et al. 2021). EfficientNet-Lite0 on 1,500
+Fashion-MNIST images, lp-ft for 4 epochs: .896 with (1e-3, 100), .884 with (3e-4, 10), its probe .856."""
 
 
 def merged_network_of(run: str) -> Artifact:
@@ -105,7 +106,7 @@ class FinetuneConfig(StageConfig):
         default=None,
         ge=1,
         description="How many times lower the bottom layer learns than the head, the layers between in geometric "
-        "steps (ratio). Default: 10 for convolutional networks and 100 for transformers; for adapters one rate.",
+        "steps (ratio). Default: 100; for adapters one rate.",
     )
     phases: int = Field(
         default=3, ge=2, description="gradual-unfreezing: in how many steps the layers are unfrozen (number)."

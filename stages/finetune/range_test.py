@@ -58,15 +58,19 @@ class RangeTest:
         )
 
 
-def find_rates(network: torch.nn.Module, rates: Rates, setup: Setup) -> RangeTest:
-    """Raise the rates from step to step on a copy of `network` until the loss rises or `HIGHEST` is reached."""
+def find_rates(network: torch.nn.Module, rates: Rates, setup: Setup, hold: bool) -> RangeTest:
+    """Raise the rates from step to step on a copy of `network` until the loss rises or `HIGHEST` is reached.
+
+    `hold`: batch norm keeps its statistics, as it will in training.
+    """
     import torch
 
-    from models.classifier import hold_frozen_batchnorm
+    from models.classifier import hold_batchnorm
 
     device, plan = setup.context.device, setup.config
     trial = copy.deepcopy(network).to(device)
-    hold_frozen_batchnorm(trial)
+    if hold:
+        hold_batchnorm(trial)
     curve: list[tuple[float, float]] = []
     with kept_random_state():
         trial.train()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from models.errors import ModelError
 from stages.artifact import verify_files
 from stages.data.splits import SplitName
+from stages.environment import usable_cores
 from stages.finetune.config import ADAPTER_RATES, LAYER_RATES, Family, FinetuneConfig, Strategy, merged_network_of
 from stages.finetune.rates import Rates, decaying_rates, one_rate
 
@@ -116,6 +116,11 @@ class Setup:
             return False
         return True
 
+    def holds_batchnorm(self, strategy: Strategy) -> bool:
+        """Whether batch norm keeps the pretrained statistics: those that a probe was fitted under, or that an adapter
+        does not carry."""
+        return strategy == "lora" or self.config.head_from_probe(strategy)
+
     def rates(self, strategy: Strategy) -> Rates:
         """The learning rates of each layer: the user's, or the defaults of the strategy and the kind of backbone."""
         config = self.config
@@ -183,7 +188,7 @@ def with_frozen_result(setup: Setup) -> Setup:
     import numpy as np
 
     from stages.features.compute import compute_features, features_key
-    from stages.features.probe import NEIGHBOURS, fit_probe, knn_accuracy, score_head
+    from stages.features.probe import NEIGHBOURS, fit_probe, predict_by_neighbours, score_head
 
     context = setup.context
     key = features_key(weights_of(context, setup.config), setup.spec, setup.processing, context.device)
@@ -200,7 +205,8 @@ def with_frozen_result(setup: Setup) -> Setup:
     classes = len(context.data.labels)
     probe = fit_probe(features["train"], labels["train"], classes)
     correct, loss = score_head(probe.weight, probe.bias, features["validation"], labels["validation"])
-    knn = knn_accuracy(features["train"], labels["train"], features["validation"], labels["validation"], classes)
+    voted = predict_by_neighbours(features["train"], labels["train"], features["validation"])
+    knn = float((voted == labels["validation"]).mean())
     context.log.info(
         "%-10s linear probe: validation accuracy %.4f (%d nearest neighbours %.4f)", "", correct.mean(), NEIGHBOURS, knn
     )
@@ -215,8 +221,3 @@ def seed_everything(context: StageContext, config: FinetuneConfig) -> None:
 
     torch.set_num_threads(config.threads or usable_cores())
     set_seed(context.seed)
-
-
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from models.errors import TrainingError
+from stages.environment import usable_cores
 from stages.finetune.config import Strategy
-from stages.finetune.setup import Setup, count, seed_everything, usable_cores
+from stages.finetune.setup import Setup, count, seed_everything
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,8 +76,8 @@ def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 def train_all(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     """Every weight at once: `full` from a random head, `lp-ft` from the probe (Kumar et al. 2022, arXiv 2202.10054)."""
     network, rates = setup.start(strategy), setup.rates(strategy)
-    tested = rates_tested(network, setup, rates)
-    return attempt_from(strategy, network, rates, train_once(network, setup, rates, folder), tested)
+    tested = rates_tested(strategy, network, setup, rates)
+    return attempt_from(strategy, network, rates, train_once(strategy, network, setup, rates, folder), tested)
 
 
 def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
@@ -89,7 +90,7 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 
     config, rates, layers = setup.config, setup.rates(strategy), setup.layers
     network = setup.start(strategy)
-    tested = rates_tested(network, setup, rates)  # with all layers: the most that will learn at once
+    tested = rates_tested(strategy, network, setup, rates)  # with all layers: the most that will learn at once
     best, history = Trained(0, [], None), list[dict[str, float]]()
     for phase in range(1, config.phases + 1):
         opened = math.ceil(len(layers) * phase / config.phases)
@@ -99,7 +100,7 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
         )
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         epochs = epochs_of_phase(config.epochs, config.phases, phase)
-        trained = train_once(network, setup, rates, folder / f"phase-{phase}", epochs)
+        trained = train_once(strategy, network, setup, rates, folder / f"phase-{phase}", epochs)
         done = len(history)
         history += [{**entry, "epoch": entry["epoch"] + done, "phase": phase} for entry in trained.history]
         if trained.diverged:
@@ -124,8 +125,8 @@ def train_adapters(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     settings = AdapterSettings(chosen.method, chosen.rank, chosen.alpha, chosen.dropout)
     network = inject_adapters(setup.start(strategy), settings, setup.example_inputs)
     rates, before = setup.rates(strategy), adapter_weights(network)
-    tested = rates_tested(network, setup, rates)
-    trained = train_once(network, setup, rates, folder)
+    tested = rates_tested(strategy, network, setup, rates)
+    trained = train_once(strategy, network, setup, rates, folder)
     if not trained.diverged and (untrained := untrained_adapters(network, before)):
         raise TrainingError(
             f"{len(untrained)} adapters were never trained, the first is {untrained[0]}; is the layer used in the "
@@ -143,7 +144,9 @@ STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {
 }
 
 
-def train_once(network: Any, setup: Setup, rates: Rates, folder: Path, epochs: int | None = None) -> Trained:
+def train_once(
+    strategy: Strategy, network: Any, setup: Setup, rates: Rates, folder: Path, epochs: int | None = None
+) -> Trained:
     """One training of what has gradients; divergence is said aloud and is a result, not an error."""
     from stages.finetune.training import Diverged, Trained, TrainingPlan, train
 
@@ -157,6 +160,7 @@ def train_once(network: Any, setup: Setup, rates: Rates, folder: Path, epochs: i
         patience=config.patience,
         precision=config.precision,
         flip=config.augment == "flip",
+        hold_batchnorm=setup.holds_batchnorm(strategy),
         workers=default_workers(context.device) if config.workers is None else config.workers,
         seed=context.seed,
     )
@@ -168,13 +172,13 @@ def train_once(network: Any, setup: Setup, rates: Rates, folder: Path, epochs: i
         return Trained(0, error.history, None, str(error))
 
 
-def rates_tested(network: Any, setup: Setup, rates: Rates) -> RangeTest | None:
+def rates_tested(strategy: Strategy, network: Any, setup: Setup, rates: Rates) -> RangeTest | None:
     """The range test, where it is asked for; what it finds is said before training starts."""
     from stages.finetune.range_test import find_rates
 
     if not setup.config.learning_rate_test:
         return None
-    found = find_rates(network, rates, setup)
+    found = find_rates(network, rates, setup, setup.holds_batchnorm(strategy))
     if found.warning:
         setup.context.log.warning("%-10s %s", "", found.warning)
     return found

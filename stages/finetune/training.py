@@ -41,6 +41,7 @@ class TrainingPlan:
     patience: int
     precision: str
     flip: bool
+    hold_batchnorm: bool
     workers: int
     seed: int
 
@@ -317,7 +318,7 @@ def make_trainer(
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from models.classifier import hold_frozen_batchnorm
+    from models.classifier import hold_batchnorm
     from stages.finetune.rates import parameter_groups
 
     names = [tensor.name for tensor in processing.inputs]
@@ -368,7 +369,8 @@ def make_trainer(
             if recorder.should_stop():
                 control.should_training_stop = True
 
-    hold_frozen_batchnorm(model)
+    if plan.hold_batchnorm:
+        hold_batchnorm(model)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,

@@ -66,15 +66,12 @@ def put_between(
 
 
 def measure_batchnorm(network: Any, setup: Setup) -> None:
-    """Measure the statistics of the batch norms that were trained; those of frozen layers are still right."""
+    """Measure the statistics of the batch norms that training moved; those that were held are still right."""
     import torch
 
-    moving = [
-        module
-        for module in network.modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        and any(parameter.requires_grad for parameter in module.parameters())
-    ]
+    from models.classifier import moving_batchnorms
+
+    moving = moving_batchnorms(network)
     if not moving:
         return
     usual = [module.momentum for module in moving]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.spec import IOSpec, TensorSpec
-from stages.validate.latency import OtherWork, is_disturbed, timed_turn
+from stages.latency import OtherWork, is_disturbed, timed_turn
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.validate.statistics import tango_interval
+from stages.statistics import tango_interval
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.errors import DataError
+from stages.features.probe import fit_probe, predict_by_neighbours, score_head
 
 if TYPE_CHECKING:
     import numpy as np
-    from sklearn.pipeline import Pipeline
 
     from stages.base import Progress
 
@@ -28,10 +28,6 @@ SMALLEST_CLASS = 4
 
 REGULARIZATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse strengths C that the probe chooses from, on standardised features."""
-
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Votes are weighted by exp(cosine / temperature): Wu et al. 2018 (arXiv 1805.01978); with 20 neighbours as in
-DINO (Caron et al. 2021, arXiv 2104.14294)."""
 
 RIDGE_RANGE = 1e-10, 1e10
 """Where LogME looks for its ratio α / β, in units of the largest eigenvalue of FᵀF: at its ends the prior no longer
@@ -87,50 +83,28 @@ def judge_probe(
     then learnt from as a whole. By accuracy too many strengths would be equally good.
     """
     import numpy as np
-    from threadpoolctl import threadpool_limits
 
-    correct = np.zeros(len(labels), bool)
-    # The steps are so small that BLAS's threads mostly wait for each other: with two of them on two busy cores a fit
-    # of 120 × 1280 features took 20 to 60 times as long as with one.
-    with progress.task(f"probe of {name}", len(folds)) as advance, threadpool_limits(1, "blas"):
+    correct, classes = np.zeros(len(labels), bool), int(labels.max()) + 1
+    with progress.task(f"probe of {name}", len(folds)) as advance:
         for learn, judge in folds:
-            strength = choose_regularization(features[learn], labels[learn], seed)
-            probe = fit_probe(features[learn], labels[learn], strength)
-            correct[judge] = probe.predict(features[judge]) == labels[judge]
+            strength = choose_regularization(features[learn], labels[learn], classes, seed)
+            probe = fit_probe(features[learn], labels[learn], classes, strength)
+            correct[judge], _ = score_head(probe.weight, probe.bias, features[judge], labels[judge])
             advance()
     return Judged(correct)
 
 
-def choose_regularization(features: np.ndarray, labels: np.ndarray, seed: int) -> float:
-    """The C of `REGULARIZATIONS` with the lowest log loss on one fold held out."""
+def choose_regularization(features: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> float:
+    """The C of `REGULARIZATIONS` with the lowest log loss on one fold held out.
+
+    An example of a class that the fold has not taught adds the same to all.
+    """
     learn, judge = stratified(labels, seed)[0]
     losses = []
     for strength in REGULARIZATIONS:
-        probe = fit_probe(features[learn], labels[learn], strength)
-        losses.append(log_loss(probe, features[judge], labels[judge]))
+        probe = fit_probe(features[learn], labels[learn], classes, strength)
+        losses.append(score_head(probe.weight, probe.bias, features[judge], labels[judge])[1])
     return REGULARIZATIONS[losses.index(min(losses))]
-
-
-def fit_probe(features: np.ndarray, labels: np.ndarray, strength: float) -> Pipeline:
-    """Standardise, then multinomial logistic regression with L2 regularisation."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return probe.fit(features, labels)
-
-
-def log_loss(probe: Pipeline, features: np.ndarray, labels: np.ndarray) -> float:
-    """Mean cross-entropy (nats); an example of a class that the probe has never seen adds the same to all."""
-    import numpy as np
-
-    shares = probe.predict_proba(features)
-    chosen = np.where(probe.classes_ == labels[:, None], shares, 0.0).sum(1)
-    return float(-np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).mean())
 
 
 def judge_neighbours(features: np.ndarray, labels: np.ndarray, folds: Sequence[Fold]) -> Judged:
@@ -139,17 +113,10 @@ def judge_neighbours(features: np.ndarray, labels: np.ndarray, folds: Sequence[F
     As a predictor of transfer it surpassed 23 metrics in 42,000 experiments (Sorkhei et al. 2025, arXiv 2503.18528).
     """
     import numpy as np
-    from sklearn.neighbors import KNeighborsClassifier
-
-    def votes(distances: np.ndarray) -> np.ndarray:
-        weights: np.ndarray = np.exp((1 - distances) / TEMPERATURE)
-        return weights
 
     correct = np.zeros(len(labels), bool)
     for learn, judge in folds:
-        voters = KNeighborsClassifier(min(NEIGHBOURS, len(learn)), weights=votes, metric="cosine")
-        voters.fit(features[learn], labels[learn])
-        correct[judge] = voters.predict(features[judge]) == labels[judge]
+        correct[judge] = predict_by_neighbours(features[learn], labels[learn], features[judge]) == labels[judge]
     return Judged(correct)
 
 

@@ -29,7 +29,7 @@ from models.adapters import (
 from models.backbones.build import LoadedBackbone, build_backbone
 from models.backbones.packaged import find_packaged
 from models.checkpoint import load_checkpoint
-from models.classifier import Classifier, hold_frozen_batchnorm
+from models.classifier import Classifier, hold_batchnorm
 from models.errors import MergeError, ModelError
 from tests.models.tiny import (
     RESNET,
@@ -80,7 +80,7 @@ def trained_adapter(
     inputs = inputs_of(loaded)
     base_logits = logits_of(model, inputs)
     adapted = inject_adapters(model, replace(SETTINGS, method=method))
-    hold_frozen_batchnorm(adapted)
+    hold_batchnorm(adapted)
     before = adapter_weights(adapted)
     train(adapted, inputs)
     assert not untrained_adapters(adapted, before)
@@ -224,7 +224,7 @@ def test_saved_adapter_is_the_same_twice_and_names_no_path(tmp_path: Path) -> No
 
 
 def test_moved_batchnorm_statistics_drift_on_reload(tmp_path: Path) -> None:
-    """Why training must call `hold_frozen_batchnorm`: the adapter does not hold the statistics."""
+    """Why training must call `hold_batchnorm`: the adapter does not hold the statistics."""
     loaded = image_backbone()
     model = saved_checkpoint(tmp_path / "base", loaded)
     adapted = inject_adapters(model, SETTINGS)
@@ -326,7 +326,7 @@ def test_real_lite0_adapts_reloads_and_folds(tmp_path: Path) -> None:
     inputs = inputs_of(loaded)
     base_logits = logits_of(model, inputs)
     adapted = inject_adapters(model, SETTINGS, inputs)
-    hold_frozen_batchnorm(adapted)
+    hold_batchnorm(adapted)
     before = adapter_weights(adapted)
     train(adapted, inputs, steps=3, rate=1e-3)
     assert not untrained_adapters(adapted, before)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.backbones.build import LoadedBackbone
-from models.classifier import hold_frozen_batchnorm, new_classifier
+from models.classifier import hold_batchnorm, moving_batchnorms, new_classifier
 from tests.models.tiny import classifier_of, image_backbone, inputs_of, text_backbone
 
 
@@ -42,29 +42,28 @@ def norms_of(model: nn.Module) -> list[torch.Tensor]:
     return [part.running_mean.clone() for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_batchnorm_keeps_its_statistics_in_training(frozen: bool) -> None:
+@pytest.mark.parametrize("held", [True, False])
+def test_held_batchnorm_keeps_its_statistics_in_training(held: bool) -> None:
     loaded = image_backbone()
     model, _ = classifier_of(loaded)
-    model.requires_grad_(not frozen)
-    hold_frozen_batchnorm(model)
+    if held:
+        hold_batchnorm(model)
+    assert len(moving_batchnorms(model)) == (0 if held else len(norms_of(model)))
     before = norms_of(model)
     model.train()
     assert model.training and model.backbone.training
     model(*inputs_of(loaded))
     same = [torch.equal(one, other) for one, other in zip(before, norms_of(model), strict=True)]
-    assert before and (all(same) if frozen else not any(same))
+    assert before and (all(same) if held else not any(same))
 
 
-def test_batchnorm_is_released_when_its_layer_is_unfrozen_and_can_be_copied() -> None:
+def test_held_batchnorm_still_learns_its_scale_and_can_be_copied() -> None:
     loaded = image_backbone()
     model, _ = classifier_of(loaded)
-    model.requires_grad_(False)
-    hold_frozen_batchnorm(model)
+    hold_batchnorm(model)
     twin = copy.deepcopy(model)
-    norms = [part for part in twin.modules() if isinstance(part, nn.BatchNorm2d)]
-    norms[-1].requires_grad_(True)
-    hold_frozen_batchnorm(twin)
     twin.train()
-    assert [part.training for part in norms] == [False] * (len(norms) - 1) + [True]
-    assert not any(part.training for part in model.train().modules() if isinstance(part, nn.BatchNorm2d))
+    twin(*inputs_of(loaded)).sum().backward()
+    norms = [part for part in twin.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert all(not part.training and part.weight.grad is not None for part in norms)
+    assert all(part.weight.grad is None for part in model.modules() if isinstance(part, nn.BatchNorm2d))

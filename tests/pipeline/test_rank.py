@@ -210,17 +210,16 @@ def test_the_scores_are_those_of_the_train_split_alone(project: Path, tmp_path: 
 def test_features_are_computed_once_a_backbone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pipeline.rank as module
 
-    seen: list[str] = []
-    real = module.features_of
+    seen: list[int] = []
+    real = module.compute_features
 
-    def counted(model: Any, processing: Any, context: Any) -> Any:
-        seen.append(context.backbone.id)
-        assert context.data["train"] and context.device == "cpu"
-        return real(model, processing, context)
+    def counted(model: Any, processing: Any, examples: Any, *rest: Any) -> Any:
+        seen.append(len(examples))
+        return real(model, processing, examples, *rest)
 
-    monkeypatch.setattr(module, "features_of", counted)
+    monkeypatch.setattr(module, "compute_features", counted)
     record = rank_in(project, "backbone", "again")
-    assert len(seen) == 2 == len(record["rows"])
+    assert seen == [record["data"]["examples"]] * 2 and len(record["rows"]) == 2
 
 
 def test_features_that_never_vary_are_an_error_of_that_backbone(project: Path) -> None:

@@ -33,7 +33,7 @@ from tests.stages.small_run import StoppingProgress, made_up_data, make_context
 CONFIG = FinetuneConfig(strategy="lora", epochs=2, batch_size=8)
 PLAN = TrainingPlan(
     epochs=5, batch_size=8, rates=one_rate([Layer("stem", ())], 1e-3, 1e-4), weight_decay=0.01,
-    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, workers=0, seed=0,
+    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, hold_batchnorm=False, workers=0, seed=0,
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_the_range_test_changes_nothing(tmp_path: Path, data: DataSplits) -> Non
     network = setup.start("full")
     before = copy.deepcopy(network.state_dict())
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    found = find_rates(network, setup.rates("full"), setup)
+    found = find_rates(network, setup.rates("full"), setup, False)
     assert len(found.curve) > 5 and found.curve[0][0] == pytest.approx(LOWEST)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert random.getstate() == states[0] and np.array_equal(np.random.get_state()[1], states[1])

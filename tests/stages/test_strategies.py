@@ -168,8 +168,8 @@ def test_a_phase_that_makes_it_worse_is_taken_back(
 
     real = strategies.train_once
 
-    def worse_in_the_end(network: Any, setup: Any, rates: Any, folder: Path, epochs: Any = None) -> Any:
-        trained = real(network, setup, rates, folder, epochs)
+    def worse_in_the_end(strategy: Any, network: Any, setup: Any, rates: Any, folder: Path, epochs: Any = None) -> Any:
+        trained = real(strategy, network, setup, rates, folder, epochs)
         if folder.name == "phase-2":
             for entry in trained.history:
                 entry["validation_accuracy"] = 0.0
@@ -191,6 +191,19 @@ def test_where_the_head_starts(tmp_path: Path, data: DataSplits, strategy: Any, 
     head = setup.start(strategy).task_head.weight
     assert torch.equal(head, torch.from_numpy(setup.frozen.probe.weight)) is from_probe
     assert torch.equal(head, setup.start(strategy).task_head.weight)  # always the same start
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held"), [("lp-ft", True), ("gradual-unfreezing", True), ("lora", True), ("full", False)]
+)
+def test_a_probes_batch_norm_statistics_are_kept(tmp_path: Path, data: DataSplits, strategy: Any, held: bool) -> None:
+    """A head that was fitted on features under the pretrained statistics fits no others."""
+    config = FinetuneConfig(strategy=strategy, epochs=2, phases=2, batch_size=8)
+    Finetune().run(make_context(tmp_path, "out", data), config)
+    name = "backbone.network.bn1.running_mean"
+    before = load_file(tmp_path / "backbone-image/model.safetensors")[name]
+    folder = "base" if strategy == "lora" else "checkpoint"
+    assert torch.equal(before, load_file(tmp_path / f"out/{folder}/model.safetensors")[name]) is held
 
 
 @pytest.mark.parametrize("method", ["dora", "loha", "ia3", "oft"])

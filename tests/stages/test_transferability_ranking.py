@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages.statistics import tango_interval
 from stages.transferability.ranking import (
     SCORES,
     Candidate,
@@ -20,7 +21,6 @@ from stages.transferability.ranking import (
     where_smaller_is_enough,
     winners,
 )
-from stages.validate.statistics import tango_interval
 
 TABLE = json.loads((Path(__file__).parent / "published_transferability.json").read_text(encoding="utf-8"))
 CLEAN = ("Caltech101", "CIFAR10", "CIFAR100", "StanfordCars", "SUN397")

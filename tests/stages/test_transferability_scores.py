@@ -10,11 +10,11 @@ import pytest
 
 from models.errors import DataError
 from pipeline.progress import QuietProgress
+from stages.features.probe import fit_probe, score_head
 from stages.transferability.scores import (
     REGULARIZATIONS,
     SMALLEST_CLASS,
     choose_regularization,
-    fit_probe,
     h_score,
     judge_neighbours,
     judge_probe,
@@ -189,14 +189,16 @@ def test_the_probe_is_the_minimum_of_its_objective() -> None:
 
     found = minimize(loss, np.zeros(15), method="BFGS", options={"gtol": 1e-6})
     expected = softmax(logits(found.x), axis=1)
-    assert fit_probe(features, labels, 0.3).predict_proba(features) == pytest.approx(expected, abs=2e-3)
+    probe = fit_probe(features, labels, 3, 0.3)
+    assert softmax(features @ probe.weight.T + probe.bias, axis=1) == pytest.approx(expected, abs=2e-3)
 
 
 def test_the_probe_never_sees_what_it_is_judged_on() -> None:
     """With more features than examples it can learn any labels by heart; held out, random ones stay random."""
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(200, 400)).astype(np.float32), random.permutation(np.arange(200) % 2)
-    assert (fit_probe(features, labels, 1.0).predict(features) == labels).all()
+    probe = fit_probe(features, labels, 2, 1.0)
+    assert score_head(probe.weight, probe.bias, features, labels)[0].all()
     judged = judge_probe(features, labels, make_folds(labels, 0), 0, QuietProgress(), "x")
     assert 0.35 < judged.accuracy < 0.65  # ± 4 standard deviations
 
@@ -206,8 +208,9 @@ def test_the_probe_is_judged_fold_by_fold() -> None:
     folds = make_folds(labels, 0)
     judged = judge_probe(features, labels, folds, 0, QuietProgress(), "x")
     for learn, judge in folds:
-        strength = choose_regularization(features[learn], labels[learn], 0)
-        expected = fit_probe(features[learn], labels[learn], strength).predict(features[judge]) == labels[judge]
+        strength = choose_regularization(features[learn], labels[learn], 3, 0)
+        probe = fit_probe(features[learn], labels[learn], 3, strength)
+        expected, _ = score_head(probe.weight, probe.bias, features[judge], labels[judge])
         assert (judged.correct[judge] == expected).all()
     assert judged.accuracy == judged.correct.mean()
 
@@ -216,9 +219,9 @@ def test_regularisation_is_strong_for_noise_and_weak_for_signal() -> None:
     random = np.random.default_rng(0)
     labels = np.arange(120) % 3
     noise = random.normal(size=(120, 60)).astype(np.float32)
-    assert choose_regularization(noise, labels, 0) == REGULARIZATIONS[0]
+    assert choose_regularization(noise, labels, 3, 0) == REGULARIZATIONS[0]
     clear, labels = made_up(120, 10, signal=3.0)
-    assert choose_regularization(clear, labels, 0) >= 1.0
+    assert choose_regularization(clear, labels, 3, 0) >= 1.0
 
 
 def test_a_rare_class_is_no_obstacle() -> None:
