@@ -4,9 +4,11 @@
 
 The same data, backbone, image size, epochs, batch size, adapters, export, schemes and measurements as
 `pipeline/recipes/vision.yaml`, as a person would write them in a notebook: no configuration, no manifests, no
-resume, no reports, no gates. Two differences count when the times are read: by hand, INT8 static is quantized once
+resume, no reports, no gates. Three differences count when the times are read: by hand, INT8 static is quantized once
 and not searched (the pipeline ranks the nodes and keeps sensitive ones in floating point until the accuracy budget
-holds), and nothing is verified after it was written. Nothing of this project is imported.
+holds), nothing is verified after it was written, and nothing is asked of the training beside its accuracy (the
+pipeline cross-validates its probe, compares frozen features with raw inputs and measures what each layer forgot).
+Nothing of this project is imported.
 
 Prints one JSON object: seconds and peak memory of each step, and the accuracies, to see that the work was the same.
 """

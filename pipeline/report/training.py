@@ -132,7 +132,7 @@ def raw_plot(measured: dict[str, Any]) -> Html:
     against = mapping(measured.get("against_raw"))
     curve = records(against.get("curve"))
     series = [
-        series_of(curve, "frozen", "frozen features", "first", "examples"),
+        series_of(curve, "frozen", "features", "first", "examples"),
         series_of(curve, "raw", "raw inputs", "second", "examples"),
     ]
     if not all(item.points for item in series):
