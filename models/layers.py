@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from models.classifier import Classifier
 
@@ -78,8 +79,6 @@ def called_groups(model: Classifier, inputs: Sequence[torch.Tensor]) -> list[lis
 
 def call_order(model: Classifier, inputs: Sequence[torch.Tensor]) -> dict[str, int]:
     """Module path in the backbone → when its forward is first called."""
-    import torch
-
     order: dict[str, int] = {}
 
     def remember(name: str) -> Callable[..., None]:
@@ -88,7 +87,18 @@ def call_order(model: Classifier, inputs: Sequence[torch.Tensor]) -> dict[str, i
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(remember(name)) for name, module in model.backbone.named_modules()]
+    run_hooked(
+        model,
+        inputs,
+        [module.register_forward_pre_hook(remember(name)) for name, module in model.backbone.named_modules()],
+    )
+    return order
+
+
+def run_hooked(model: Classifier, inputs: Sequence[torch.Tensor], hooks: Sequence[RemovableHandle]) -> None:
+    """One forward pass in eval mode without gradients; then the hooks are removed and the mode is put back."""
+    import torch
+
     training = model.training
     try:
         with torch.no_grad():
@@ -97,7 +107,6 @@ def call_order(model: Classifier, inputs: Sequence[torch.Tensor]) -> dict[str, i
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return order
 
 
 def position_of(owner: str, order: dict[str, int]) -> tuple[int, int]:

@@ -65,6 +65,8 @@ def layer_outputs(
     """Layer index → float32 (examples, everything else), what the module of the layer called last gives."""
     import torch
 
+    from models.layers import run_hooked
+
     owners = {name.rpartition(".")[0]: index for index, layer in enumerate(layers) for name in layer.parameters}
     found: dict[int, torch.Tensor] = {}
 
@@ -75,17 +77,8 @@ def layer_outputs(
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(remember(owners[name])) for name, module in model.named_modules() if name in owners
-    ]
-    training = model.training
-    try:
-        with torch.inference_mode():
-            model.eval()(*inputs)
-    finally:
-        model.train(training)
-        for one in hooks:
-            one.remove()
+    named = [(name, module) for name, module in model.named_modules() if name in owners]
+    run_hooked(model, inputs, [module.register_forward_hook(remember(owners[name])) for name, module in named])
     return found
 
 
