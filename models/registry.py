@@ -181,9 +181,17 @@ def library_of_checkpoint(backbone_id: str, folder: Path) -> Literal["timm", "hf
 
 
 def load_backbone(
-    spec: BackboneSpec, task: Task, image_size: int | None, max_length: int | None, pretrained: bool = True
+    spec: BackboneSpec,
+    task: Task,
+    image_size: int | None,
+    max_length: int | None,
+    pretrained: bool = True,
+    max_seconds: float | None = None,
 ) -> LoadedBackbone:
     """Build the backbone for a task, with its weights unless `pretrained` is False (the scratch baseline).
+
+    What an example is made into: images of `image_size` pixels, texts of at most `max_length` tokens, clips of
+    `max_seconds`; None is the backbone's own, and what is not of the task's modality says nothing.
 
     Raises:
         ModelError: the weights do not fit or hold NaN.
@@ -194,18 +202,23 @@ def load_backbone(
 
     modality = MODALITY_OF_TASK[task]
     if spec.folder and (Path(spec.folder) / "model.json").is_file():
-        return from_own_checkpoint(spec, modality, image_size, max_length, pretrained)
+        return from_own_checkpoint(spec, modality, image_size, max_length, max_seconds, pretrained)
     check_task(spec, task)
     if spec.library == "timm":
         module, architecture, processing = load_timm(spec, image_size, pretrained)
     else:
-        module, architecture, processing = load_hf(spec, modality, image_size, max_length, pretrained)
+        module, architecture, processing = load_hf(spec, modality, image_size, max_length, max_seconds, pretrained)
     check_finite(module, spec.id)
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
 
 
 def from_own_checkpoint(
-    spec: BackboneSpec, modality: str, image_size: int | None, max_length: int | None, pretrained: bool
+    spec: BackboneSpec,
+    modality: str,
+    image_size: int | None,
+    max_length: int | None,
+    max_seconds: float | None,
+    pretrained: bool,
 ) -> LoadedBackbone:
     """The backbone inside a checkpoint that this project wrote; its preprocessing stays as it was.
 
@@ -217,10 +230,11 @@ def from_own_checkpoint(
     checkpoint = load_checkpoint(Path(str(spec.folder)))
     processing = checkpoint.processing
     if processing.kind != modality:
-        raise ModelError(f"{spec.id} takes {processing.kind}s, the task wants {modality}s")
+        raise ModelError(f"{spec.id} takes {processing.kind}, the task wants {modality}")
     for key, asked, own in (
         ("image_size", image_size, getattr(processing, "size", None)),
         ("max_length", max_length, getattr(processing, "max_length", None)),
+        ("max_seconds", max_seconds, getattr(processing, "seconds", None)),
     ):
         if own is not None and asked not in (None, own):
             raise ModelError(f"the checkpoint was made for {own}, finetune.{key} is {asked}; leave it out")

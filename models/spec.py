@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Task = Literal["image-classification", "text-classification"]
+Task = Literal["image-classification", "text-classification", "audio-classification"]
 Dim = int | str
 """A size, or the name of a dynamic axis (`batch`, `sequence`)."""
 

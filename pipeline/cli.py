@@ -244,7 +244,9 @@ def rank(
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder or tar.")],
-    inputs: Annotated[list[str], typer.Argument(help="Image files; for text bundles, texts or - for standard input.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Image or audio files; for text bundles, texts or - for standard input.")
+    ],
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     json_: JsonOption = False,
 ) -> None:
@@ -253,10 +255,10 @@ def predict(
 
     with open_bundle(bundle) as opened:
         contents: list[Any]
-        if opened.modality == "image":
-            contents = [Path(item) for item in inputs]
-        else:
+        if opened.modality == "text":
             contents = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
+        else:
+            contents = [Path(item) for item in inputs]
         predictions = opened.predict(contents, threads=threads)
         if json_:
             rows = [

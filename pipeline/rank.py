@@ -187,7 +187,9 @@ def measure(
 
     spec = pin(spec)
     with translated_errors(spec):
-        loaded = load_backbone(spec, config.task, config.finetune.image_size, config.finetune.max_length)
+        loaded = load_backbone(
+            spec, config.task, config.finetune.image_size, config.finetune.max_length, True, config.finetune.max_seconds
+        )
         model = new_classifier(loaded, len(data.labels))
         described = make_spec(config.task, spec, loaded, data.labels)
         key = features_key([spec.weights_digest], described, loaded.processing, device)

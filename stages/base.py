@@ -23,7 +23,7 @@ MachinePart = Literal["device", "processor", "threads"]
 NETWORK_PACKAGES = ("torch", "timm", "transformers", "safetensors", "numpy")
 """What builds a network from a checkpoint and runs it: every stage does."""
 
-PROCESSING_PACKAGES = ("pillow", "tokenizers")
+PROCESSING_PACKAGES = ("pillow", "tokenizers", "soundfile", "soxr")
 """What makes arrays of examples: every stage does."""
 
 RUNTIME_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu")

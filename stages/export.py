@@ -114,13 +114,10 @@ class Export:
 
 
 def tried_inputs(checkpoint: Checkpoint, context: StageContext) -> list[dict[str, np.ndarray]]:
-    """Real validation inputs at every batch size; for text also one token-poor and one full-length batch."""
+    """Real validation inputs at every batch size, and the limits of the modality (a text of one token, silence)."""
     examples = contents_of(context, max(BATCHES))
     shapes = [checkpoint.processing.arrays(examples[:batch]) for batch in BATCHES]
-    if checkpoint.processing.kind == "text":
-        longest = " ".join(str(one) for one in examples * 64)
-        shapes += [checkpoint.processing.arrays(["a"]), checkpoint.processing.arrays([longest, "short"])]
-    return shapes
+    return shapes + [checkpoint.processing.arrays(batch) for batch in checkpoint.processing.extremes(examples)]
 
 
 def example_inputs(checkpoint: Checkpoint, context: StageContext) -> dict[str, np.ndarray]:

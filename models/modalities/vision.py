@@ -6,6 +6,7 @@ inside so that no caller can get mean and std wrong (docs/decisions).
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded (decompression bombs)."""
 
+
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
+"""Pillow's names of formats → endings."""
 
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 """Pillow's filters; the same filter of another library is another image."""
@@ -76,6 +80,36 @@ class ImageProcessing:
         image = image.resize((width, height), method).crop((left, top, left + self.size, top + self.size))
         return np.asarray(image, dtype=np.uint8)
 
+    def count_truncated(self, contents: Sequence[Content]) -> int:
+        """None: images are made smaller, not cut to a length."""
+        return 0
+
+    def examples(self) -> list[Content]:
+        """Two made-up contents: black."""
+        import numpy as np
+
+        return [np.zeros((32, 32, 3), np.uint8)] * 2
+
+    def extremes(self, contents: Sequence[Content]) -> list[list[Content]]:
+        """None: every image becomes one of the declared size."""
+        return []
+
+    def to_file(self, content: Content) -> tuple[str, bytes]:
+        """The ending and the bytes of a file that holds the image; pixels become a PNG."""
+        from PIL import Image
+
+        if isinstance(content, bytes | str | Path):
+            data = content if isinstance(content, bytes) else Path(content).read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                return SUFFIXES.get(image.format or "", ".image"), data
+        stream = io.BytesIO()
+        decode_image(content).save(stream, format="PNG")
+        return ".png", stream.getvalue()
+
+    def from_file(self, data: bytes) -> Content:
+        """The content of such a file."""
+        return data
+
     def save(self, folder: Path) -> dict[str, Any]:
         """The declarative form; images need no files."""
         return {"kind": self.kind, **asdict(self)}
@@ -104,6 +138,8 @@ def decode_image(content: Content) -> Image.Image:
             found = f"{content.dtype} {content.shape}"
             raise DataError(f"pixels: found {found}, expected uint8 (height, width) or (height, width, 3)")
         return Image.fromarray(content).convert("RGB")
+    if not isinstance(content, str | bytes | Path):
+        raise DataError(f"expected an image, found {type(content).__name__}")
     name = str(content) if isinstance(content, str | Path) else f"{len(content)} encoded bytes"
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
@@ -116,6 +152,21 @@ def decode_image(content: Content) -> Image.Image:
             return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: is no image that can be read ({error}); replace or remove it") from error
+
+
+def digest_of_image(content: Content) -> str:
+    """SHA-256 over width, height and RGB bytes of the decoded image. Raises `DataError`."""
+    image = decode_image(content)
+    digest = hashlib.sha256(f"{image.width} {image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def image_decoder() -> str:
+    """What decides how pixels come out, for a memory of digests."""
+    from PIL import __version__ as pillow
+
+    return f"pillow-{pillow}-{MAX_PIXELS}"
 
 
 def on_white(image: Image.Image) -> Image.Image:

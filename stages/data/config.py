@@ -18,6 +18,9 @@ class DataConfig(StageConfig):
         "of such), a CSV, JSONL or Parquet file, or hf:<dataset>@<revision>.",
     )
     image_column: str = Field(default="image", description="Column with image paths (relative to the file) or images.")
+    audio_column: str = Field(
+        default="audio", description="Column with the paths of recordings (relative to the file) or recordings."
+    )
     text_column: str = Field(default="text", description="Column with texts.")
     label_column: str = Field(default="label", description="Column with labels.")
     split_column: str | None = Field(default=None, description="Column that names each row's split, if there is one.")

@@ -11,7 +11,7 @@ from models.errors import DataError
 from models.modalities import MODALITY_OF_TASK
 from models.spec import Task
 from stages.data.config import DataConfig
-from stages.data.image_digests import ImageDigests
+from stages.data.content_digests import ContentDigests
 from stages.data.sources import read_source
 from stages.data.sources.base import Row, shortened, unicode_problem
 from stages.data.splits import SPLITS, DataSplits, Example, digest_of_text, fingerprint_of
@@ -41,7 +41,7 @@ def load_data(config: DataConfig, task: Task) -> DataSplits:
         MissingCapabilityError: a hub data set cannot be had here.
     """
     source = read_source(config, MODALITY_OF_TASK[task])
-    checked, notes = drop_unreadable(source.rows, config)
+    checked, notes = drop_unreadable(source.rows, config, MODALITY_OF_TASK[task])
     checked, more = drop_contradictions(checked, config)
     labels = tuple(sorted({one.row.label for one in checked}))
     check_classes(labels, checked, config)
@@ -64,9 +64,9 @@ def load_data(config: DataConfig, task: Task) -> DataSplits:
     )
 
 
-def drop_unreadable(rows: Sequence[Row], config: DataConfig) -> tuple[list[Checked], list[str]]:
+def drop_unreadable(rows: Sequence[Row], config: DataConfig, modality: str) -> tuple[list[Checked], list[str]]:
     """The rows that can be read. With `on_error: fail` any that cannot are an error that names them."""
-    checked, problems = check_rows(rows)
+    checked, problems = check_rows(rows, modality)
     if problems and config.on_error == "fail":
         raise DataError(
             f"{len(problems)} of {len(rows)} examples cannot be read: {shortened(problems)}. "
@@ -77,31 +77,37 @@ def drop_unreadable(rows: Sequence[Row], config: DataConfig) -> tuple[list[Check
     return checked, [f"skipped: {problem}" for problem in problems]
 
 
-def check_rows(rows: Sequence[Row]) -> tuple[list[Checked], list[str]]:
+def check_rows(rows: Sequence[Row], modality: str) -> tuple[list[Checked], list[str]]:
     """Each row with its digest, and what is wrong with the others."""
     checked: list[Checked] = []
     problems: list[str] = []
-    images = ImageDigests()
+    digests = None if modality == "text" else ContentDigests(modality)
     for row in rows:
         try:
             if row.problem:
                 raise DataError(row.problem)
-            checked.append(Checked(row, digest_of_row(row, images)))
+            checked.append(Checked(row, digest_of_row(row, digests)))
         except DataError as error:
             problems.append(str(error))
-    images.save()
+    if digests is not None:
+        digests.save()
     return checked, problems
 
 
-def digest_of_row(row: Row, images: ImageDigests) -> str:
-    """SHA-256 of a text, or of an image's pixels. Raises `DataError`, naming the row, where it cannot be read."""
-    if isinstance(row.content, str):
-        problem = unicode_problem(row.content) or ("" if row.content.strip() else "the text is empty")
+def digest_of_row(row: Row, digests: ContentDigests | None) -> str:
+    """SHA-256 of a text, or of an image's pixels or a recording's samples.
+
+    Raises:
+        DataError: it cannot be read; the message names the row.
+    """
+    if digests is None:
+        text = str(row.content)
+        problem = unicode_problem(text) or ("" if text.strip() else "the text is empty")
         if problem:
             raise DataError(f"{row.origin}: {problem}")
-        return digest_of_text(row.content)
+        return digest_of_text(text)
     try:
-        return images.digest(row.content)
+        return digests.digest(row.content)
     except OSError as error:
         raise DataError(f"{row.origin}: cannot be read: {error.strerror}") from error
     except DataError as error:

@@ -19,7 +19,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "calibration", "test")
 class Example:
     """One example. `label` indexes `DataSplits.labels`, `origin` names it for a person.
 
-    `digest` is the SHA-256 of a text, or of an image's decoded pixels.
+    `digest` is the SHA-256 of a text, or of an image's decoded pixels or a recording's decoded samples.
     """
 
     content: Content

@@ -156,6 +156,12 @@ class FinetuneConfig(StageConfig):
         default=None, ge=16, description="Side of the input image (pixels). Default: the backbone's."
     )
     max_length: int | None = Field(default=None, ge=4, description="Longest text (tokens). Default: 128.")
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="How much of a recording the network hears (seconds): longer ones are cut, shorter ones end in "
+        "silence. Default: 10, or the backbone's own.",
+    )
     augment: Literal["none", "flip"] = Field(
         default="flip",
         description="flip mirrors half of the images in training; none where left and right differ (digits, text).",

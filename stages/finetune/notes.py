@@ -29,8 +29,8 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
         yield f"WiSE-FT keeps {best['alpha']:g} of the change"
     if measured["truncated"]:
         yield (
-            f"{measured['truncated']} of {measured['samples']['train']} training texts are longer than "
-            "finetune.max_length and were cut"
+            f"{measured['truncated']} of {measured['samples']['train']} training examples are longer than "
+            "the network is shown and were cut (finetune.max_length, finetune.max_seconds)"
         )
 
 

@@ -149,7 +149,9 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     from models.registry import load_backbone
 
     backbone = context.backbone
-    loaded = load_backbone(backbone, context.task, config.image_size, config.max_length, not config.from_scratch)
+    loaded = load_backbone(
+        backbone, context.task, config.image_size, config.max_length, not config.from_scratch, config.max_seconds
+    )
     model = new_classifier(loaded, len(context.data.labels))
     spec = make_spec(context.task, backbone, loaded, context.data.labels)
     if config.from_run:

@@ -22,7 +22,6 @@ from stages.gate import Gate, GateResult
 from stages.statistics import gain_of
 
 if TYPE_CHECKING:
-    from models.modalities import Processing
     from stages.finetune.ladder import Rung
     from stages.finetune.setup import Setup
     from stages.finetune.strategies import Attempt
@@ -121,7 +120,7 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "head_learning_rate": attempt.rates[0]["rate"] if attempt.rates else None,
         "layer_rates": attempt.rates,
         "samples": {name: len(data[name]) for name in Finetune.splits},
-        "truncated": count_truncated(setup.processing, setup.context),
+        "truncated": setup.processing.count_truncated([one.content for one in data["train"]]),
         "history": attempt.history,
     }
 
@@ -132,14 +131,6 @@ def range_test_of(attempt: Attempt) -> dict[str, Any] | None:
     if found is None:
         return None
     return {"curve": found.curve, "lowest": found.lowest, "proposed": found.proposed, "warning": found.warning}
-
-
-def count_truncated(processing: Processing, context: StageContext) -> int:
-    """How many training texts are longer than the network is shown; 0 for images."""
-    from models.modalities.text import TextProcessing
-
-    texts = [one.content for one in context.data["train"]]
-    return processing.count_truncated(texts) if isinstance(processing, TextProcessing) else 0
 
 
 def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult, ...]:

@@ -26,7 +26,7 @@ from models.errors import ConfigError, DataError, IntegrityError, RuntimeInferen
 from models.spec import Task
 from tests.stages.chain import packed, test_split
 
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification")
+TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def test_own_checkpoint_is_a_backbone(tmp_path: Path) -> None:
     assert not torch.allclose(logits_of(scratch.module.eval(), inputs), logits_of(trained.backbone, inputs), atol=1e-3)
     with pytest.raises(ModelError, match=r"made for 32, finetune\.image_size is 64"):
         load_backbone(spec, "image-classification", 64, None)
-    with pytest.raises(ModelError, match="takes images, the task wants texts"):
+    with pytest.raises(ModelError, match="takes image, the task wants text"):
         load_backbone(spec, "text-classification", None, None)
 
 

@@ -1,4 +1,4 @@
-"""Tiny real networks, images and tokenizers for the tests of this folder."""
+"""Tiny real networks, images, sounds and tokenizers for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ VIT = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "intermediate_size": 32, "image_size": 32, "patch_size": 8,
 }  # fmt: skip
+WHISPER = {
+    "model_type": "whisper", "d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 20, "vocab_size": 32,
+    "max_source_positions": 100, "max_target_positions": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+WAV2VEC2 = {
+    "model_type": "wav2vec2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 32, "conv_dim": [8, 8, 8], "conv_kernel": [10, 8, 4], "conv_stride": [5, 8, 8],
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "group", "vocab_size": 8,
+    "mask_time_length": 2,
+}  # fmt: skip
+AST = {
+    "model_type": "audio-spectrogram-transformer", "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 32, "num_mel_bins": 32, "max_length": 50, "patch_size": 16,
+    "frequency_stride": 10, "time_stride": 10,
+}  # fmt: skip
+AUDIO_RATE = 8_000
+"""Of the made-up recordings: not that of the backbones, so that they are resampled everywhere."""
 TIMM = {
     "library": "timm", "name": "test_efficientnet", "arguments": {}, "mean": [0.5] * 3, "std": [0.5] * 3,
 }  # fmt: skip
@@ -86,6 +105,41 @@ def text_backbone() -> LoadedBackbone:
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
 
 
+def audio_backbone(config: dict[str, Any] = WHISPER) -> LoadedBackbone:
+    """A tiny audio encoder with random weights that hears half a second."""
+    from models.backbones.hf_audio import fitted, make_audio_module, prepare
+
+    torch.manual_seed(0)
+    processing = prepare("tiny", config, {}, None if config is AST else 0.5)
+    architecture = {"library": "hf", "modality": "audio", "config": fitted(config, processing)}
+    module = make_audio_module(architecture["config"])
+    return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
+
+
+def hf_audio_folder(folder: Path, config: dict[str, Any] = WHISPER, **extractor: Any) -> Path:
+    """A Hugging Face folder of a tiny audio network, Whisper with its decoder."""
+    from transformers import AutoConfig, AutoModel
+
+    from models.backbones.hf_audio import EXTRACTORS, FORMS
+
+    torch.manual_seed(0)
+    values = dict(config)
+    kind = values.pop("model_type")
+    AutoModel.from_config(AutoConfig.for_model(kind, **values)).save_pretrained(folder)
+    declared = {"feature_extractor_type": EXTRACTORS[FORMS[kind]], "sampling_rate": 16_000, **extractor}
+    (folder / "preprocessor_config.json").write_text(json.dumps(declared), encoding="utf-8")
+    return folder
+
+
+def recording(label: int, random: np.random.Generator) -> Any:
+    """A tone whose pitch tells the label, and noise: at `AUDIO_RATE`, a fifth to seven tenths of a second."""
+    from models.modalities.audio import Waveform
+
+    time = np.arange(int(AUDIO_RATE * random.uniform(0.2, 0.7))) / AUDIO_RATE
+    tone = 0.3 * np.sin(2 * np.pi * (300, 900, 2000)[label] * time) + 0.05 * random.standard_normal(len(time))
+    return Waveform(tone.astype(np.float32), AUDIO_RATE)
+
+
 def classifier_of(loaded: LoadedBackbone, labels: tuple[str, ...] = ("a", "b", "c")) -> tuple[Classifier, ModelSpec]:
     """A classifier whose head gives logits of a visible size, and its specification."""
     torch.manual_seed(1)
@@ -94,7 +148,7 @@ def classifier_of(loaded: LoadedBackbone, labels: tuple[str, ...] = ("a", "b", "
     nn.init.normal_(model.task_head.bias, std=0.1)  # zero, the exporter would store it as one with other zeros
     library = loaded.architecture["library"]
     backbone = BackboneSpec(f"{library}:tiny", library, "tiny", None, None, "random", "0")
-    task = "text-classification" if loaded.processing.kind == "text" else "image-classification"
+    task: Any = f"{loaded.processing.kind}-classification"
     return model.eval(), make_spec(task, backbone, loaded, labels)
 
 
@@ -110,6 +164,8 @@ def inputs_of(loaded: LoadedBackbone, samples: int = 5) -> tuple[torch.Tensor, .
     random = np.random.default_rng(0)
     if loaded.processing.kind == "text":
         contents: list[Any] = [" ".join(random.choice(WORDS[4:], 3 + index)) for index in range(samples)]
+    elif loaded.processing.kind == "audio":
+        contents = [recording(index % 3, random) for index in range(samples)]
     else:
         contents = [random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(samples)]
     arrays = loaded.processing.arrays(contents)

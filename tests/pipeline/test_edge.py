@@ -1,4 +1,4 @@
-"""`predict` and `verify` as a device runs them: four libraries and the standard one, and the pipeline's own answers."""
+"""`predict` and `verify` as a device runs them: six libraries and the standard one, and the pipeline's own answers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from PIL import Image
 
 from models.spec import Task
 from tests.stages.chain import packed, test_split
 
 ROOT = Path(__file__).parents[2]
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification")
+TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
 
 DEVICE = """
 import importlib.abc, sys
 
-BUNDLE = {"numpy", "PIL", "tokenizers", "onnxruntime"}
-TYPER = {"typer", "click", "rich", "shellingham", "typing_extensions", "markdown_it", "mdurl", "pygments",
+BUNDLE = {"numpy", "PIL", "tokenizers", "soundfile", "soxr", "onnxruntime"}
+TYPER = {"typer", "click", "rich", "shellingham", "markdown_it", "mdurl", "pygments",
          "annotated_doc", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
 # What those import themselves, some of it only where it is there; `models` is this project.
-ALONG = {"huggingface_hub", "flatbuffers", "google", "packaging", "defusedxml", "org", "models"}
+ALONG = {"huggingface_hub", "flatbuffers", "google", "packaging", "defusedxml", "org", "models", "cffi", "pycparser", "typing_extensions"}
 HEAVY = {"torch", "torchvision", "transformers", "timm", "peft", "onnx", "sklearn", "scipy", "safetensors", "yaml"}
 
 class Device(importlib.abc.MetaPathFinder):
@@ -80,6 +81,11 @@ def inputs_of(task: Task, folder: Path) -> list[str]:
     contents = [one.content for one in test_split(task)][:6]
     if task == "text-classification":
         return [str(one) for one in contents]
+    if task == "audio-classification":
+        sounds = [folder / f"{index}.wav" for index in range(len(contents))]
+        for path, waveform in zip(sounds, contents, strict=True):
+            soundfile.write(path, waveform.samples, waveform.rate, subtype="FLOAT")  # type: ignore[union-attr]
+        return [str(path) for path in sounds]
     paths = [folder / f"{index}.png" for index in range(len(contents))]
     for path, pixels in zip(paths, contents, strict=True):
         Image.fromarray(pixels).save(path)  # type: ignore[arg-type]
@@ -87,7 +93,7 @@ def inputs_of(task: Task, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_program_needs_four_libraries(task: Task) -> None:
+def test_a_program_needs_six_libraries(task: Task) -> None:
     command = [sys.executable, "-P", "-c", BY_THE_LIBRARY, str(packed(task) / "tiny.tar")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -113,7 +119,7 @@ def pipelines_own(task: Task, inputs: Sequence[str]) -> list[dict[str, Any]]:
     from tests.stages.chain import made
 
     checkpoint = load_checkpoint(made(task)["merge-lora"].folder / "checkpoint")
-    contents: list[Any] = [Path(one) for one in inputs] if task == "image-classification" else list(inputs)
+    contents: list[Any] = list(inputs) if task == "text-classification" else [Path(one) for one in inputs]
     arrays = checkpoint.processing.arrays(contents)
     with torch.inference_mode():
         logits = checkpoint.model(*(torch.from_numpy(arrays[one.name]) for one in checkpoint.spec.io.inputs)).numpy()

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from models.modalities import MODALITY_OF_TASK
 from models.registry import resolve
 from models.spec import Task
 from pipeline.progress import QuietProgress
@@ -22,7 +23,7 @@ from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.candidates import Candidate, write_candidates
 from stages.data.splits import DataSplits, Example, digest_of_text, fingerprint_of
-from tests.models.tiny import WORDS, image_backbone, saved_checkpoint, text_backbone
+from tests.models.tiny import WORDS, audio_backbone, image_backbone, recording, saved_checkpoint, text_backbone
 from tests.stages.small_run import artifact_of
 
 Made = TypeVar("Made")
@@ -36,6 +37,8 @@ def test_split(task: Task, samples: int = SAMPLES) -> tuple[Example, ...]:
     contents: list[Any] = [
         random.integers(0, 256, (32, 40, 3), dtype=np.uint8)
         if task == "image-classification"
+        else recording(index % 3, random)
+        if task == "audio-classification"
         else " ".join(random.choice(WORDS[4:], 2 + index % 9))
         for index in range(samples)
     ]
@@ -87,7 +90,8 @@ def made(task: Task) -> dict[str, Artifact]:
     from stages.export import Export, ExportConfig
 
     root = temporary_folder()
-    saved_checkpoint(root / "merge-lora/checkpoint", text_backbone() if task.startswith("text") else image_backbone())
+    backbone = {"text": text_backbone, "audio": audio_backbone, "image": image_backbone}[MODALITY_OF_TASK[task]]()
+    saved_checkpoint(root / "merge-lora/checkpoint", backbone)
     artifacts = {"merge-lora": artifact_of("merge-lora", root / "merge-lora")}
     result = Export().run(context_of(root / "export", artifacts, task), ExportConfig())
     assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]

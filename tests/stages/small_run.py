@@ -16,7 +16,7 @@ from pipeline.progress import QuietProgress
 from stages.artifact import Artifact, digest_files
 from stages.base import Progress, StageContext
 from stages.data.splits import DataSplits, Example, SplitName
-from tests.models.tiny import WORDS, hf_text_folder, image_backbone, saved_checkpoint
+from tests.models.tiny import WORDS, hf_audio_folder, hf_text_folder, image_backbone, recording, saved_checkpoint
 
 COUNTS: Mapping[SplitName, int] = {"train": 24, "validation": 12}
 
@@ -57,6 +57,11 @@ def texts(labels: Sequence[int], random: np.random.Generator) -> list[Any]:
     return [f"{WORDS[7 + label]} {' '.join(random.choice(WORDS[4:7], 4))}" for label in labels]
 
 
+def recordings(labels: Sequence[int], random: np.random.Generator) -> list[Any]:
+    """Tones, whose pitch tells the label."""
+    return [recording(label, random) for label in labels]
+
+
 def split_of(contents: Sequence[Any], labels: Sequence[int]) -> tuple[Example, ...]:
     """Examples with a digest each."""
     return tuple(
@@ -71,7 +76,7 @@ def made_up_data(kind: str, classes: int = 3, counts: Mapping[SplitName, int] = 
     splits = {}
     for name, count in counts.items():
         labels = [index % classes for index in range(count)]
-        splits[name] = split_of((images if kind == "image" else texts)(labels, random), labels)
+        splits[name] = split_of({"image": images, "text": texts, "audio": recordings}[kind](labels, random), labels)
     return DataSplits(tuple("abc"[:classes]), splits, {name: name for name in splits})
 
 
@@ -94,7 +99,7 @@ def make_context(
     if backbone is None:
         folder = root / f"backbone-{kind}"
         if not folder.is_dir():
-            image_folder(folder) if kind == "image" else hf_text_folder(folder)
+            {"image": image_folder, "text": hf_text_folder, "audio": hf_audio_folder}[kind](folder)
         backbone = str(folder)
     output, resume = root / name, root / f"{name}-resume"
     output.mkdir()
@@ -103,7 +108,7 @@ def make_context(
         output=output,
         resume=resume,
         inputs=inputs or {},
-        task="image-classification" if kind == "image" else "text-classification",
+        task=f"{kind}-classification",  # type: ignore[arg-type]
         backbone=resolve(backbone),
         data=data,
         seed=0,

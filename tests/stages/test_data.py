@@ -250,11 +250,11 @@ def test_nothing_but_corrupt_images_is_an_error_also_when_skipping(tmp_path: Pat
 def test_what_was_decoded_is_remembered_by_content_only(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.data import image_digests
+    from models.modalities import vision
 
     folder = image_folder(tmp_path / "images", {"a": 5, "b": 5})
-    decode, calls = image_digests.decode_image, []
-    monkeypatch.setattr(image_digests, "decode_image", lambda content: (calls.append(content), decode(content))[1])
+    decode, calls = vision.decode_image, []
+    monkeypatch.setattr(vision, "decode_image", lambda content: (calls.append(content), decode(content))[1])
     first = load(folder, IMAGES)
     assert len(calls) == 10
     assert load(folder, IMAGES).fingerprints == first.fingerprints
@@ -469,7 +469,7 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, way: str) -> N
     (tmp_path / "set/link.png").symlink_to(secret)
     rows = [(f"{c}/{n}.png", c) for c in "ab" for n in range(4)]
     file = write_csv(tmp_path / "set/t.csv", [*rows, (name, "a")], ("image", "label"))
-    with pytest.raises(DataError, match=r"t\.csv, line 10: the image path .* leaves"):
+    with pytest.raises(DataError, match=r"t\.csv, line 10: the path .* leaves"):
         load(file, IMAGES)
     data = load(file, IMAGES, on_error="skip")
     assert all("outside" not in one.origin for split in SPLITS for one in data[split])

@@ -31,7 +31,7 @@ from stages.export import (
 from tests.models.tiny import VIT, image_backbone, saved_checkpoint
 from tests.stages.chain import context_of, made, test_split
 
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification")
+TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
 
 
 def dims_of(value: onnx.ValueInfoProto) -> list[int | str]:

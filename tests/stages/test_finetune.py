@@ -58,7 +58,7 @@ def test_feature_extraction_ships_the_accuracy_it_reports(tmp_path: Path, data: 
     assert not torch.equal(before["task_head.weight"], after["task_head.weight"])
 
 
-@pytest.mark.parametrize("kind", ["image", "text"])
+@pytest.mark.parametrize("kind", ["image", "text", "audio"])
 def test_lora_writes_a_base_and_an_adapter_that_differs(tmp_path: Path, kind: str) -> None:
     data = made_up_data(kind)
     context = make_context(tmp_path, "out", data, kind)
@@ -182,7 +182,7 @@ def test_texts_that_are_cut_are_counted(tmp_path: Path) -> None:
     config = FinetuneConfig(strategy="feature-extraction", max_length=5)
     result = Finetune().run(make_context(tmp_path, "out", made_up_data("text"), "text"), config)
     assert result.measurements["truncated"] == 24  # five words and two framing tokens each
-    assert any("24 of 24 training texts are longer than finetune.max_length" in note for note in result.notes)
+    assert any("24 of 24 training examples are longer than the network is shown" in note for note in result.notes)
 
 
 def test_adapters_that_never_move_are_an_error(tmp_path: Path, data: DataSplits) -> None:

@@ -15,10 +15,12 @@ from PIL import Image
 
 from models.bundle import open_bundle
 from models.errors import IntegrityError
+from models.modalities.text import TextProcessing
+from models.modalities.vision import ImageProcessing
 from stages.artifact import Artifact, sha256_of_file, write_json
 from stages.data.splits import Example
 from stages.package import Package, PackageConfig, default_name, golden_examples, plain, write_sample
-from tests.models.tiny import edit_json, png
+from tests.models.tiny import edit_json, png, tokenizer_json
 from tests.stages.chain import LABELS, artifact_of, context_of, packed, test_split, validated
 
 NAME = PackageConfig(name="tiny")
@@ -112,12 +114,13 @@ def test_golden_inputs_are_the_originals(tmp_path: Path) -> None:
     """Encoded images stay byte for byte: decoding them is part of what the device must do right."""
     (tmp_path / "photo.png").write_bytes(png(9, 7))
     for index, content in enumerate((png(9, 7), tmp_path / "photo.png")):
-        name = write_sample(tmp_path, index, content)
+        name = write_sample(tmp_path, index, ImageProcessing(8, 8), content)
         assert (tmp_path / name).read_bytes() == png(9, 7) and name.endswith(".png")
     pixels = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
-    with Image.open(tmp_path / write_sample(tmp_path, 3, pixels)) as image:
+    with Image.open(tmp_path / write_sample(tmp_path, 3, ImageProcessing(8, 8), pixels)) as image:
         assert (np.asarray(image) == pixels).all()
-    assert (tmp_path / write_sample(tmp_path, 4, "line\r\nümlaut")).read_bytes() == "line\r\nümlaut".encode()
+    name = write_sample(tmp_path, 4, TextProcessing(tokenizer_json(), 8), "line\r\nümlaut")
+    assert (tmp_path / name).read_bytes() == "line\r\nümlaut".encode() and name.endswith(".txt")
 
 
 def test_the_card_says_how_good_it_is_and_by_which_evidence() -> None:

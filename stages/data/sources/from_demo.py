@@ -1,14 +1,15 @@
-"""The data sets embedded in this repository (`stages/data/demo`, with their licences)."""
+"""Demo data: sets embedded in this repository (`stages/data/demo`, with their licences), one in a Debian package."""
 
 from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import ConfigError, Problem
+from models.errors import ConfigError, MissingCapabilityError, Problem
 from stages.data.sources.base import Row, Source, nearest
 from stages.data.splits import SPLITS
 
@@ -16,11 +17,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
-DEMOS = {"fashion-mnist": "image", "wordnet-topics": "text"}
+DEMOS = {"fashion-mnist": "image", "wordnet-topics": "text", "asterisk-prompts": "audio"}
 """Name → modality."""
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+PROMPTS_PACKAGE = "asterisk-core-sounds-en-wav"
+PROMPTS_FOLDERS = tuple(
+    Path(root) / "share/asterisk/sounds/en_US_f_Allison" for root in (sys.prefix, "/usr/local", "/usr")
+)
+"""Where the package's recordings are looked for: `make prompts` unpacks it into the environment."""
+PROMPT_KINDS = {
+    "conf": "conference",
+    "digits": "digits",
+    "letters": "letters",
+    "phonetic": "phonetic",
+    "vm": "voicemail",
+}
+"""How a recording's path begins → its label: the five beginnings with the most recordings (87, 94, 61, 27 and 114 in
+version 1.6.1)."""
 
 
 def check_demo(name: str, modality: str) -> None:
@@ -36,8 +51,30 @@ def check_demo(name: str, modality: str) -> None:
 
 
 def read_demo(name: str, modality: str) -> Source:
-    """An embedded data set, with its own splits. The name is one that `check_demo` passed."""
+    """A demo data set, with its own splits where it has any. The name is one that `check_demo` passed."""
+    if modality == "audio":
+        return Source(tuple(demo_prompts()))
     return Source(tuple(demo_texts(name) if modality == "text" else demo_images(name)))
+
+
+def demo_prompts() -> Iterator[Row]:
+    """Recordings of the prompts of a telephone exchange, by what they are for; the package has no splits.
+
+    Raises:
+        MissingCapabilityError: the package is not installed.
+    """
+    folder = next((one for one in PROMPTS_FOLDERS if one.is_dir()), None)
+    if folder is None:
+        raise MissingCapabilityError(
+            f"the recordings of demo:asterisk-prompts are in Debian's package {PROMPTS_PACKAGE}, which is not in "
+            f"{' or '.join(map(str, PROMPTS_FOLDERS))}. Install it: apt-get install {PROMPTS_PACKAGE}; without root, "
+            "in a clone: make prompts"
+        )
+    for path in sorted(folder.rglob("*.wav")):
+        name = path.relative_to(folder).as_posix()
+        label = next((label for start, label in PROMPT_KINDS.items() if name.startswith(start)), None)
+        if label is not None:
+            yield Row(path, label, f"asterisk-prompts/{name}")
 
 
 def demo_texts(name: str) -> Iterator[Row]:

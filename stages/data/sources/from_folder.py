@@ -13,6 +13,7 @@ from stages.data.splits import SplitName
 SUFFIXES = {
     "image": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     "text": (".txt",),
+    "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au"),
 }
 """Modality → endings of the files that are examples."""
 
@@ -65,11 +66,11 @@ def rows_in(folder: Path, modality: str, split: SplitName | None) -> Iterator[Ro
 
 
 def row_from_file(path: Path, label: str, modality: str, split: SplitName | None) -> Row:
-    """One file as a row; a text is read here, an image only when it is checked."""
+    """One file as a row; a text is read here, the others only when they are checked."""
     origin = printable(str(path))
     if problem := unicode_problem(str(path)):
         return unusable(origin, f"its name holds what no report can: {problem}; rename it")
-    if modality == "image":
+    if modality != "text":
         return Row(path, label, origin, split)
     try:
         text = text_from_bytes(path.read_bytes())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from models.errors import ConfigError, DataError, MissingCapabilityError, Problem
 from stages.data.config import DataConfig
 from stages.data.sources.base import SPLIT_ALIASES, Row, Source, check_columns, unusable
-from stages.data.sources.from_table import content_of, label_of, wanted_columns
+from stages.data.sources.from_table import NAMES, content_of, label_of, wanted_columns
 
 if TYPE_CHECKING:
     from models.modalities import Content
@@ -63,7 +63,7 @@ def load_from_hub(repository: str, revision: str) -> Any:
 
 
 def rows_from_part(part: Any, place: str, config: DataConfig, modality: str) -> Iterator[Row]:
-    """The rows of one split, images still encoded. Raises `DataError` for a missing column."""
+    """The rows of one split, images and recordings still encoded. Raises `DataError` for a missing column."""
     import datasets
 
     options = wanted_columns(config, modality)
@@ -71,8 +71,9 @@ def rows_from_part(part: Any, place: str, config: DataConfig, modality: str) -> 
     check_columns(place, part.column_names, options)
     column = options[f"{modality}_column"]
     names = part.features[config.label_column]
-    if isinstance(part.features[column], datasets.Image):
-        part = part.cast_column(column, datasets.Image(decode=False))
+    for kind in (datasets.Image, datasets.Audio):
+        if isinstance(part.features[column], kind):
+            part = part.cast_column(column, kind(decode=False))
     part = part.select_columns(list(dict.fromkeys(options.values())))
     for number, record in enumerate(part):
         origin = f"{place}[{number}]"
@@ -93,9 +94,12 @@ def class_name(names: Any, index: int) -> str:
 
 
 def hub_content(value: Any, column: str, modality: str) -> Content:
-    """A text, encoded bytes, or the file that `datasets` itself put an image into."""
-    if modality == "image" and isinstance(value, dict) and not value.get("bytes") and value.get("path"):
+    """A text, encoded bytes, or the file that `datasets` itself put an example into."""
+    if modality != "text" and isinstance(value, dict) and not value.get("bytes") and value.get("path"):
         return Path(value["path"])
-    if modality == "image" and not isinstance(value, dict | bytes | None):
-        raise DataError(f"{column!r} holds {type(value).__name__}; expected images (a feature of the kind Image)")
+    if modality != "text" and not isinstance(value, dict | bytes | None):
+        kind = modality.capitalize()
+        raise DataError(
+            f"{column!r} holds {type(value).__name__}; expected {NAMES[modality]} (a feature of the kind {kind})"
+        )
     return content_of(value, column, modality, Path())

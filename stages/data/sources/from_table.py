@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from models.modalities import Content
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+NAMES = {"text": "a text", "image": "an image", "audio": "a recording"}
+"""Modality → what one example is."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def parquet_table(path: Path, options: dict[str, str]) -> Table:
 
 def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str) -> Iterator[Row]:
     """Each record as a row, or as what is wrong with it."""
-    column = config.image_column if modality == "image" else config.text_column
+    column: str = getattr(config, f"{modality}_column")
     root = path.parent.resolve()
     for place, record in table.records:
         if isinstance(record, str):
@@ -163,19 +165,19 @@ def label_of(value: Any, column: str) -> str:
 
 
 def content_of(value: Any, column: str, modality: str, root: Path) -> Content:
-    """A text, encoded image bytes, or the path of an image inside `root`. Raises `DataError` for anything else."""
+    """A text, the bytes of an image or recording, or its path inside `root`. Raises `DataError` for anything else."""
     if value is None or value == "":
         raise DataError(f"{column!r} is empty")
     if modality == "text":
         if not isinstance(value, str):
             raise DataError(f"{column!r} holds {type(value).__name__}; expected a text")
         return value
-    if isinstance(value, dict):  # the form in which `datasets` writes images to Parquet
+    if isinstance(value, dict):  # the form in which `datasets` writes images and audio to Parquet
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise DataError(f"{column!r} holds {type(value).__name__}; expected an image or its path")
+        raise DataError(f"{column!r} holds {type(value).__name__}; expected {NAMES[modality]} or its path")
     return path_inside(root, value)
 
 
@@ -187,7 +189,7 @@ def path_inside(root: Path, name: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, a loop of links
         raise DataError(f"{printable(name)[:80]!r} is no usable path ({error})") from error
     if not inside:
-        raise DataError(f"the image path {printable(name)!r} leaves {root}; paths are relative to the table's folder")
+        raise DataError(f"the path {printable(name)!r} leaves {root}; paths are relative to the table's folder")
     if not there:
         raise DataError(f"there is no file {printable(name)!r} in {root}; paths are relative to the table's folder")
     return path

@@ -1,51 +1,58 @@
-"""The digest of an image's decoded pixels, so that a picture saved again in another format is the same picture.
+"""Digests of decoded contents, so that a picture or a recording saved again in another format is the same one.
 
 Decoding takes about 2 ms an image and hashing its file about 0.05 ms, so what was decoded once is remembered in a
-file of the user's cache folder: SHA-256 of the file's bytes → SHA-256 of its pixels. The memory is keyed by what
-decides how pixels come out (Pillow's version and the size limit). It only saves time: losing it, or not being able
-to write it, changes no result.
+file of the user's cache folder: SHA-256 of the file's bytes → SHA-256 of its pixels or samples. The memory is keyed by
+what decides how they come out (the decoder's version, the size limit). It only saves time: losing it, or not being
+able to write it, changes no result.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.modalities.vision import MAX_PIXELS, decode_image
+from models.modalities.audio import audio_decoder, digest_of_audio
+from models.modalities.vision import digest_of_image, image_decoder
 from stages.environment import user_cache
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from models.modalities import Content
 
+DECODERS: dict[str, tuple[Callable[[Content], str], Callable[[], str]]] = {
+    "image": (digest_of_image, image_decoder),
+    "audio": (digest_of_audio, audio_decoder),
+}
+"""Modality → how a content is decoded and digested, and what decides the result."""
+
 MAX_BYTES = 128 << 20
-"""A memory larger than this (a million images) is begun anew."""
+"""A memory larger than this (a million contents) is begun anew."""
 
 
-class ImageDigests:
-    """Digests of decoded images. Call `save` once at the end."""
+class ContentDigests:
+    """Digests of decoded images or recordings. Call `save` once at the end."""
 
-    def __init__(self) -> None:
-        self.file = memory_file()
+    def __init__(self, modality: str) -> None:
+        self.digest_of, decoder = DECODERS[modality]
+        self.file = user_cache() / f"{modality}-digests-{decoder()}.txt"
         self.known = read_memory(self.file)
         self.new: list[str] = []
 
     def digest(self, content: Content) -> str:
-        """SHA-256 over the size and the RGB pixels of a path, of encoded bytes or of an array.
+        """SHA-256 of what a path, encoded bytes or an array decodes to.
 
         Raises:
             OSError: the file cannot be read.
-            DataError: it is no image.
+            DataError: it is none of its modality.
         """
         data = content.read_bytes() if isinstance(content, Path) else content
         if not isinstance(data, bytes):
-            return digest_of_pixels(decode_image(data))
+            return self.digest_of(data)
         key = hashlib.sha256(data).hexdigest()
         if key not in self.known:
             # From the path where there is one, so that an error names it.
-            self.known[key] = digest_of_pixels(decode_image(content))
+            self.known[key] = self.digest_of(content)
             self.new.append(f"{key} {self.known[key]}")
         return self.known[key]
 
@@ -61,20 +68,6 @@ class ImageDigests:
                 stream.write(("\n" + "\n".join(self.new) + "\n").encode())
         except OSError:
             pass  # a read-only home or a full disk: the next plan decodes again
-
-
-def digest_of_pixels(image: Image.Image) -> str:
-    """SHA-256 over width, height and RGB bytes."""
-    digest = hashlib.sha256(f"{image.width} {image.height} ".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
-def memory_file() -> Path:
-    """`$XDG_CACHE_HOME/adapt-to-edge/image-digests-…txt`."""
-    from PIL import __version__ as pillow
-
-    return user_cache() / f"image-digests-pillow-{pillow}-{MAX_PIXELS}.txt"
 
 
 def read_memory(file: Path) -> dict[str, str]:
