@@ -10,8 +10,9 @@ target=$(realpath "$1")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-if [ -d "/$SOUNDS/sounds/en_US_f_Allison" ]; then
-	cp -R "/$SOUNDS" asterisk
+installed=${SYSTEM_SOUNDS:-/usr/share/asterisk}
+if [ -d "$installed/sounds/en_US_f_Allison" ]; then
+	cp -RL "$installed" asterisk
 else
 	if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
 		echo "the audio demo and its tests need Debian's package $PACKAGE, and this machine has no apt-get: unpack" \

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FRACTIONS = (1 / 9, 1 / 3, 1.0)
 """Of the training split, for the frozen features and the raw inputs."""
 
-RAW_SIDE, RAW_TERMS = 32, 2000
+RAW_SIDE, RAW_TERMS, RAW_RATE = 32, 2000, 16_000
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class RawComparison:
 def compare_with_raw(setup: Setup) -> RawComparison | None:
     """A linear probe on frozen features against the same probe on raw inputs, at three amounts of data.
 
-    Raw inputs are pixels (32 × 32) or TF-IDF weights of the most frequent terms. None for other modalities, and where
-    there are no frozen features.
+    Raw inputs are pixels (32 × 32), TF-IDF weights of the most frequent terms, or statistics of mel bands. None for
+    other modalities, and where there are no frozen features.
     """
     frozen, raw_inputs = setup.frozen, RAW_INPUTS.get(setup.processing.kind)
     if frozen is None or raw_inputs is None:
@@ -104,9 +104,25 @@ def raw_terms(train: Sequence[Example], validation: Sequence[Example]) -> tuple[
     return fitted.astype(np.float32), others.astype(np.float32)
 
 
+def raw_levels(train: Sequence[Example], validation: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (examples, 160) of both: mean and deviation over time of each of 80 mel bands of the whole recording."""
+    import numpy as np
+
+    from models.modalities.audio import MAX_SAMPLES, decode_audio, log_mel, resample
+
+    def levels(one: Example) -> np.ndarray:
+        sound = resample(decode_audio(one.content), RAW_RATE, MAX_SAMPLES)
+        bands = log_mel(np.pad(sound, (0, max(0, RAW_RATE // 10 - len(sound)))), 80, RAW_RATE)
+        return np.concatenate([bands.mean(axis=1), bands.std(axis=1)])
+
+    both = np.stack([levels(one) for one in (*train, *validation)])
+    return both[: len(train)], both[len(train) :]
+
+
 RAW_INPUTS: dict[str, Callable[[Sequence[Example], Sequence[Example]], tuple[np.ndarray, np.ndarray]]] = {
     "image": raw_pixels,
     "text": raw_terms,
+    "audio": raw_levels,
 }
 
 

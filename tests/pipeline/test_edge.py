@@ -27,7 +27,8 @@ BUNDLE = {"numpy", "PIL", "tokenizers", "soundfile", "soxr", "onnxruntime"}
 TYPER = {"typer", "click", "rich", "shellingham", "markdown_it", "mdurl", "pygments",
          "annotated_doc", "pydantic", "pydantic_core", "annotated_types", "typing_inspection"}
 # What those import themselves, some of it only where it is there; `models` is this project.
-ALONG = {"huggingface_hub", "flatbuffers", "google", "packaging", "defusedxml", "org", "models", "cffi", "pycparser", "typing_extensions"}
+ALONG = {"huggingface_hub", "flatbuffers", "google", "packaging", "defusedxml", "org", "models", "cffi", "pycparser",
+         "typing_extensions"}
 HEAVY = {"torch", "torchvision", "transformers", "timm", "peft", "onnx", "sklearn", "scipy", "safetensors", "yaml"}
 
 class Device(importlib.abc.MetaPathFinder):
