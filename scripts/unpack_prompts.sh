@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Unpack the recordings of demo:asterisk-prompts from Debian's package (CC-BY-SA-3.0, Digium) into an environment:
+# Unpack the recordings of demo:asterisk-prompts from Debian's package (CC-BY-SA-3.0, Allison Smith) into an environment:
 #   scripts/unpack_prompts.sh .venv
 # Needs apt-get and dpkg-deb, no root. Where this machine knows no package lists, they are fetched into a folder of
 # their own; the lists and mirrors of the machine stay as they are.
