@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,21 @@ from tests.pipeline.tiny_project import pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 RECIPE = str(RECIPES / "audio.yaml")
-SHORT = ("--set", "finetune.epochs=2", "--set", "validate.latency_calls=20", "--set", "quantize.schemes=[int8-dynamic]")
-SCRATCH = ("strategy=full", "from_scratch=true", "initial_head=random", "epochs=4")
+SHORT = ("finetune.max_seconds=2", "finetune.epochs=2", "validate.latency_calls=20", "quantize.schemes=[int8-static]")
+SCRATCH = ("finetune.max_seconds=2", "finetune.epochs=3", "finetune.strategy=full", "finetune.from_scratch=true",
+           "finetune.initial_head=random")  # fmt: skip
+
+
+def set_to(settings: Sequence[str]) -> list[str]:
+    """The options of the command line."""
+    return [part for one in settings for part in ("--set", one)]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. To be read, not changed."""
     folder = tmp_path_factory.mktemp("audio") / "run"
-    done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *SHORT)
+    done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *set_to(SHORT))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -53,15 +60,14 @@ def test_every_gate_passed_on_enough_samples(finished: Path) -> None:
 
 def test_transfer_pays(finished: Path, tmp_path: Path) -> None:
     """Far above the majority class, the same network from scratch, and a linear model on mel statistics."""
-    settings = [part for one in SCRATCH for part in ("--set", f"finetune.{one}")]
-    done = pipeline("finetune", "-c", RECIPE, "--run-dir", str(tmp_path / "scratch"), *settings)
+    done = pipeline("finetune", "-c", RECIPE, "--run-dir", str(tmp_path / "scratch"), *set_to(SCRATCH))
     assert done.returncode in (0, 1), done.stderr[-2000:]
     adapted, scratch = measured(finished, "finetune"), measured(tmp_path / "scratch", "finetune")
     assert adapted["strategy"] == "lora" and adapted["samples"] == scratch["samples"]
     assert adapted["validation_accuracy"] >= adapted["majority_baseline"] + 0.3
     assert adapted["validation_accuracy"] >= scratch["validation_accuracy"] + 0.1
     assert adapted["validation_accuracy"] >= adapted["against_raw"]["curve"][-1]["raw"] + 0.05
-    assert measured(finished, "validate")["reference"]["accuracy"] >= 0.65
+    assert measured(finished, "validate")["reference"]["accuracy"] >= adapted["majority_baseline"] + 0.3
 
 
 def test_the_bundle_verifies_and_hears_the_same_at_another_rate(finished: Path, tmp_path: Path) -> None:
