@@ -325,3 +325,14 @@ def test_unicode_forms_of_one_name_collide() -> None:
     check_spelling("caf\u00e9", seen)
     with pytest.raises(IntegrityError, match="one path on some systems"):
         check_spelling("cafe\u0301", seen)
+
+
+@pytest.mark.parametrize(("shift", "ok"), [(0.5, True), (2.0, False), (float("nan"), False)])
+def test_spectrograms_may_be_rounded_another_way_but_not_more(tmp_path: Path, shift: float, ok: bool) -> None:
+    from models.bundle import FEATURE_TOLERANCE
+
+    bundle = Path(shutil.copytree(packed("audio-classification") / "bundle", tmp_path / "bundle"))
+    replace_array(bundle, "log_mel", lambda array: array + np.float32(shift * FEATURE_TOLERANCE))
+    with open_bundle(bundle) as opened:
+        check = next(one for one in opened.verify().checks if one.name == "golden preprocessing")
+    assert check.ok == ok and "values of log_mel differ" in check.message

@@ -64,7 +64,7 @@ def test_a_folder_of_labels(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a/notes.txt").write_text("not a recording")
     data = load(tmp_path)
     assert data.labels == ("a", "b") and total(data) == 21
-    assert any("no audios by their endings (1 × .txt)" in note for note in data.notes)
+    assert any("no recordings by their endings (1 × .txt)" in note for note in data.notes)
     assert load(tmp_path).fingerprints == data.fingerprints
     (memory,) = (cache / "adapt-to-edge").iterdir()
     assert memory.name.startswith("audio-digests-libsndfile-")
@@ -154,7 +154,7 @@ def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypat
     monkeypatch.setattr(from_demo, "PROMPTS_FOLDERS", (tmp_path / "none",))
     with pytest.raises(MissingCapabilityError, match="apt-get install asterisk-core-sounds-en-wav.*make prompts"):
         load("demo:asterisk-prompts")
-    with pytest.raises(ConfigError, match="holds audios, the task wants images"):
+    with pytest.raises(ConfigError, match="holds recordings, the task wants images"):
         load("demo:asterisk-prompts", "image-classification")
 
 

@@ -19,6 +19,9 @@ SPLIT_ALIASES: dict[str, SplitName] = {
 }  # fmt: skip
 """Names of splits in the wild → ours."""
 
+PLURALS = {"image": "images", "text": "texts", "audio": "recordings"}
+"""Modality → its examples, in words."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import ConfigError, MissingCapabilityError, Problem
-from stages.data.sources.base import Row, Source, nearest
+from stages.data.sources.base import PLURALS, Row, Source, nearest
 from stages.data.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check_demo(name: str, modality: str) -> None:
         raise ConfigError([Problem("data.source", f"there is no demo:{name}", hint)])
     if DEMOS[name] != modality:
         fitting = ", ".join(f"demo:{one}" for one, kind in DEMOS.items() if kind == modality)
-        message = f"demo:{name} holds {DEMOS[name]}s, the task wants {modality}s"
+        message = f"demo:{name} holds {PLURALS[DEMOS[name]]}, the task wants {PLURALS[modality]}"
         raise ConfigError([Problem("data.source", message, f"take {fitting}, or change the task")])
 
 

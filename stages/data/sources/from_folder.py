@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import DataError
-from stages.data.sources.base import SPLIT_ALIASES, Row, Source, printable, text_from_bytes, unicode_problem, unusable
+from stages.data.sources.base import (
+    PLURALS,
+    SPLIT_ALIASES,
+    Row,
+    Source,
+    printable,
+    text_from_bytes,
+    unicode_problem,
+    unusable,
+)
 from stages.data.splits import SplitName
 
 SUFFIXES = {
@@ -93,7 +102,7 @@ def notes_on(folder: Path, modality: str) -> Iterator[str]:
             yield f"left out: the label folder {printable(str(label))} holds no {modality} files"
     if others:
         kinds_found = ", ".join(f"{count} × {printable(suffix) or 'no ending'}" for suffix, count in others.items())
-        yield f"left out: files in {folder} that are no {modality}s by their endings ({kinds_found})"
+        yield f"left out: files in {folder} that are no {PLURALS[modality]} by their endings ({kinds_found})"
 
 
 def folders_in(folder: Path) -> list[Path]:
