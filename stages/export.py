@@ -9,7 +9,8 @@ Fails when: the network cannot be exported, the graph is not valid, or an axis w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,7 @@ from stages.gate import Gate, GateResult
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    import torch
 
     from models.checkpoint import Checkpoint
     from models.modalities import Content
@@ -110,6 +112,8 @@ class Export:
             "attention": attention,
         }
         notes = [f"{one.name}: {one.size_bytes / 1e6:.1f} MB, parity at {len(shapes)} shapes" for one in candidates]
+        if attention == "plain":
+            notes.append("exported with attention written out: the fused form has no ONNX form here")
         return StageResult(tuple(gates), measurements, tuple(notes))
 
 
@@ -158,8 +162,9 @@ def reference_logits(checkpoint: Checkpoint, shapes: Sequence[dict[str, np.ndarr
 def export_onnx(checkpoint: Checkpoint, example: dict[str, np.ndarray], opset: int) -> tuple[onnx.ModelProto, str]:
     """Export a copy of the network; retry with plain attention where the fused one does not decompose.
 
-    The copy keeps the reference unpatched. Some scaled-dot-product attentions with an additive bias do
-    not decompose in torch 2.13 ("Cannot view a tensor …").
+    The copy keeps the reference unpatched. In torch 2.13 some scaled-dot-product attentions with an additive bias do
+    not decompose ("Cannot view a tensor …": beit), and those over 3 or 5 axes have no ONNX form ("only 4D query, key,
+    and value are supported": hiera, nest, twins, SAM).
 
     Raises:
         ExportError: both ways failed.
@@ -169,10 +174,13 @@ def export_onnx(checkpoint: Checkpoint, example: dict[str, np.ndarray], opset: i
     failures = []
     for attention in ("as built", "plain"):
         model = copy.deepcopy(checkpoint.model)
+        patched: AbstractContextManager[None] = nullcontext()
         if attention == "plain":
             use_plain_attention(model)
+            patched = written_out_attention()
         try:
-            return run_exporter(model, checkpoint.spec.io, example, opset), attention
+            with patched:
+                return run_exporter(model, checkpoint.spec.io, example, opset), attention
         except exporter_errors() as error:
             failures.append(f"{attention} attention: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     raise ExportError(
@@ -204,6 +212,50 @@ def use_plain_attention(model: Any) -> None:
     network = model.backbone.network
     if hasattr(network, "set_attn_implementation"):
         network.set_attn_implementation("eager")
+
+
+@contextmanager
+def written_out_attention() -> Iterator[None]:
+    """Inside, PyTorch's fused attention is two products and a softmax: also where no flag of a library turns it off."""
+    import torch
+
+    functional: Any = torch.nn.functional
+    fused = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attention_by_products
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = fused
+
+
+def attention_by_products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """softmax(Q·Kᵀ·scale + mask)·V (Vaswani et al. 2017), as PyTorch documents its `scaled_dot_product_attention`.
+
+    `query` is float (…, targets, width), `key` and `value` (…, sources, width), `attn_mask` additive, or True where to
+    look. There is no dropout: what is exported is in eval mode.
+    """
+    import torch
+
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: int) -> onnx.ModelProto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 from onnx import numpy_helper
 
 from models.checkpoint import load_checkpoint
+from models.classifier import Classifier
 from models.errors import DataError, ExportError
 from models.spec import IOSpec, Task
 from stages.export import (
     Export,
     ExportConfig,
+    attention_by_products,
     check_graph,
     export_onnx,
     fp16_from_fp32,
@@ -27,6 +30,7 @@ from stages.export import (
     shape_errors,
     tried_inputs,
     use_plain_attention,
+    written_out_attention,
 )
 from tests.models.tiny import VIT, image_backbone, saved_checkpoint
 from tests.stages.chain import context_of, made, test_split
@@ -205,6 +209,60 @@ def test_plain_attention_computes_the_same(tmp_path: Path) -> None:
     inputs = [torch.from_numpy(shapes[1][tensor.name]) for tensor in checkpoint.spec.io.inputs]
     with torch.inference_mode():
         torch.testing.assert_close(plain(*inputs), checkpoint.model(*inputs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["plain", "additive", "boolean", "causal", "scaled", "grouped", "3 axes", "5 axes"])
+def test_attention_by_products_equals_the_fused_one(form: str) -> None:
+    torch.manual_seed(0)
+    lead = {"3 axes": (2,), "5 axes": (2, 3, 4)}.get(form, (2, 4))
+    query, key, value = (torch.randn(*lead, length, 8) for length in (5, 7, 7))
+    options: dict[str, object] = {}
+    if form == "additive":
+        options["attn_mask"] = torch.randn(2, 1, 5, 7)
+    elif form == "boolean":
+        options["attn_mask"] = torch.rand(5, 7).gt(0.3) | torch.eye(5, 7).bool()
+    elif form == "causal":
+        options["is_causal"] = True
+    elif form == "scaled":
+        options["scale"] = 0.1
+    elif form == "grouped":
+        key, value, options = key[:, :2], value[:, :2], {"enable_gqa": True}
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(attention_by_products(query, key, value, **options), wanted, atol=1e-5, rtol=0)
+
+
+def test_the_fused_attention_is_back_also_after_an_error() -> None:
+    fused = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ValueError), written_out_attention():
+        assert torch.nn.functional.scaled_dot_product_attention is attention_by_products
+        raise ValueError
+    assert torch.nn.functional.scaled_dot_product_attention is fused
+
+
+class AttentionOverFiveAxes(torch.nn.Module):
+    """As in hiera, nest and twins, but with no flag that turns the fused form off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(96, 96)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = image.to(self.network.weight.dtype) / 255
+        tokens = self.network(pixels.unflatten(1, (4, 8)).unsqueeze(1).flatten(4))  # (batch, 1, 4, 8, 96)
+        return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).flatten(1, 3).mean(1)
+
+
+def test_attention_that_has_no_onnx_form_is_written_out(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
+    model = Classifier(AttentionOverFiveAxes(), torch.nn.Linear(96, 3)).eval()
+    checkpoint = replace(checkpoint, model=model)
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
+    exported, attention = export_onnx(checkpoint, shapes[1], 20)
+    assert attention == "plain"
+    save_onnx(exported, tmp_path / "five.onnx")
+    check_graph(tmp_path / "five.onnx", checkpoint.spec.io)
+    reference, _ = reference_logits(checkpoint, shapes)
+    assert max(error for _, error in shape_errors(tmp_path / "five.onnx", shapes, reference, 2)) < 1e-5
 
 
 def test_an_export_that_fails_twice_says_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
