@@ -24,6 +24,10 @@ prompts: $(PROMPTS) ## The recordings of the audio demo, from Debian's package, 
 $(PROMPTS): | $(STAMP)
 	scripts/unpack_prompts.sh $(VENV)
 
+.PHONY: prompts-if-possible
+prompts-if-possible: $(STAMP)
+	@test -d $(PROMPTS) || scripts/unpack_prompts.sh $(VENV) || echo "the tests on these recordings will be skipped" >&2
+
 demo: env ## The whole chain on images: prints where the report and the bundle are
 	$(BIN)/pipeline all -c $(DEMO_CONFIG)
 
@@ -47,13 +51,13 @@ imports: env ## pipeline → stages → models
 
 check: lint types imports ## lint, types and import contracts
 
-test: env prompts ## All tests that need no GPU
+test: env prompts-if-possible ## All tests that need no GPU
 	$(BIN)/pytest -m "not gpu"
 
-test-fast: env prompts ## Without the slow tests
+test-fast: env prompts-if-possible ## Without the slow tests
 	$(BIN)/pytest -m "not gpu and not slow"
 
-test-slow: env prompts ## Only the slow tests: real weights, whole runs
+test-slow: env prompts-if-possible ## Only the slow tests: real weights, whole runs
 	$(BIN)/pytest -m "slow and not gpu"
 
 test-gpu: env ## Tests that need a GPU

@@ -163,8 +163,8 @@ def export_onnx(checkpoint: Checkpoint, example: dict[str, np.ndarray], opset: i
     """Export a copy of the network; retry with plain attention where the fused one does not decompose.
 
     The copy keeps the reference unpatched. In torch 2.13 some scaled-dot-product attentions with an additive bias do
-    not decompose ("Cannot view a tensor …": beit), and those over 3 or 5 axes have no ONNX form ("only 4D query, key,
-    and value are supported": hiera, nest, twins, SAM).
+    not decompose ("Cannot view a tensor …"), and those over 3 or 5 axes have no ONNX form ("only 4D query, key, and
+    value are supported"). docs/coverage.md has the families.
 
     Raises:
         ExportError: both ways failed.

@@ -14,8 +14,9 @@ import soxr
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
 from tests.pipeline.tiny_project import pipeline
+from tests.prompts import needs_prompts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), needs_prompts]
 
 RECIPE = str(RECIPES / "audio.yaml")
 SHORT = ("finetune.max_seconds=2", "finetune.epochs=2", "validate.latency_calls=20", "quantize.schemes=[int8-static]")

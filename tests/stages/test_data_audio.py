@@ -22,6 +22,7 @@ from stages.data.config import DataConfig
 from stages.data.load import load_data
 from stages.data.sources import from_demo
 from stages.data.splits import SPLITS, DataSplits
+from tests.prompts import needs_prompts
 
 ROOT = Path(__file__).parents[2]
 AUDIO = "audio-classification"
@@ -158,6 +159,7 @@ def test_without_the_package_the_line_that_installs_it(tmp_path: Path, monkeypat
         load("demo:asterisk-prompts", "image-classification")
 
 
+@needs_prompts
 def test_the_package_is_as_described() -> None:
     """`make prompts` put it here. Every recording can be read and none stands in two splits."""
     data = load("demo:asterisk-prompts")
