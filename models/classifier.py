@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from models.spec import BackboneSpec, IOSpec, ModelSpec, Task, TensorSpec
+from models.spec import BackboneSpec, IOSpec, ModelSpec, TaskName, TensorSpec
 
 if TYPE_CHECKING:
     from models.backbones.build import LoadedBackbone
@@ -41,7 +41,7 @@ def new_classifier(loaded: LoadedBackbone, classes: int) -> Classifier:
     return Classifier(loaded.module, head)
 
 
-def make_spec(task: Task, backbone: BackboneSpec, loaded: LoadedBackbone, labels: tuple[str, ...]) -> ModelSpec:
+def make_spec(task: TaskName, backbone: BackboneSpec, loaded: LoadedBackbone, labels: tuple[str, ...]) -> ModelSpec:
     """The specification that is stored beside the weights (`processing` is filled in when it is saved)."""
     io = IOSpec(loaded.processing.inputs, (TensorSpec("logits", "float32", ("batch", len(labels))),))
     # A folder's path belongs to this machine, not to the artifact.

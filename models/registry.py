@@ -19,8 +19,8 @@ from typing import Literal
 from models.backbones.build import LoadedBackbone, build_backbone, check_finite, measure_feature_dim
 from models.backbones.packaged import find_packaged
 from models.errors import ConfigError, ModelError, Problem
-from models.modalities import MODALITY_OF_TASK
-from models.spec import BackboneSpec, Task
+from models.spec import BackboneSpec, TaskName
+from models.tasks import MODALITY_OF_TASK
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
@@ -91,7 +91,7 @@ def packaged_spec(backbone_id: str, library: Literal["timm", "hf"], name: str) -
     return BackboneSpec(backbone_id, library, name, None, folder, f"package {entry.distribution}=={version}", digest)
 
 
-def check_task(spec: BackboneSpec, task: Task) -> None:
+def check_task(spec: BackboneSpec, task: TaskName) -> None:
     """Raises `ConfigError` where it is known without loading anything that the backbone cannot do the task."""
     own = spec.folder is not None and (Path(spec.folder) / "model.json").is_file()
     if spec.library == "timm" and not own and MODALITY_OF_TASK[task] != "image":
@@ -182,7 +182,7 @@ def library_of_checkpoint(backbone_id: str, folder: Path) -> Literal["timm", "hf
 
 def load_backbone(
     spec: BackboneSpec,
-    task: Task,
+    task: TaskName,
     image_size: int | None,
     max_length: int | None,
     pretrained: bool = True,

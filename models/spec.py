@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Task = Literal["image-classification", "text-classification", "audio-classification"]
+TaskName = Literal[
+    "image-classification", "image-multilabel", "image-regression",
+    "text-classification", "text-multilabel", "text-regression",
+    "audio-classification", "audio-multilabel", "audio-regression",
+]  # fmt: skip
+"""What a network does; `models/tasks` has a row for each."""
+
 Dim = int | str
 """A size, or the name of a dynamic axis (`batch`, `sequence`)."""
 
@@ -75,7 +81,7 @@ class ModelSpec:
     of the modality (see `models/modalities`), `labels` the class names in the order of the logits.
     """
 
-    task: Task
+    task: TaskName
     backbone: BackboneSpec
     architecture: dict[str, Any]
     feature_dim: int

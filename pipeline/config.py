@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from models.errors import ConfigError, Problem
-from models.modalities import MODALITY_OF_TASK
 from models.registry import check_task, resolve
-from models.spec import BackboneSpec, Task
+from models.spec import BackboneSpec, TaskName
+from models.tasks import MODALITY_OF_TASK
 from stages import section_of
 from stages.base import StageConfig
 from stages.data.config import DataConfig
@@ -36,7 +36,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class PipelineConfig(StageConfig):
     """The whole of `pipeline.yaml`. The smallest file names a task, a backbone and data."""
 
-    task: Task = Field(description="What the adapted network does.")
+    task: TaskName = Field(description="What the adapted network does.")
     backbone: str = Field(
         description="timm:<name>, hf:<org>/<repo>@<revision>, or a local folder with a checkpoint in safetensors."
     )

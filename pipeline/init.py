@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from models.errors import ConfigError, Problem
-from models.modalities import MODALITY_OF_TASK
 from models.registry import resolve
+from models.tasks import MODALITY_OF_TASK
 from pipeline.config import PipelineConfig, fields_by_key, is_model, problems_from_validation
 from stages.data.sources import check_source
 

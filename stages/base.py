@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from stages.data.splits import DataSplits, SplitName
 
 if TYPE_CHECKING:
-    from models.spec import BackboneSpec, Task
+    from models.spec import BackboneSpec, TaskName
     from stages.artifact import Artifact
     from stages.gate import GateResult
 
@@ -65,7 +65,7 @@ class StageContext:
     output: Path
     resume: Path
     inputs: Mapping[str, Artifact]
-    task: Task
+    task: TaskName
     backbone: BackboneSpec
     data: DataSplits
     seed: int

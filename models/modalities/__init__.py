@@ -28,8 +28,6 @@ PROCESSINGS = {
 }
 """Kind → "module:Class"."""
 
-MODALITY_OF_TASK = {"image-classification": "image", "text-classification": "text", "audio-classification": "audio"}
-
 
 class Processing(Protocol):
     """Turns raw contents into the network's input arrays. `kind` names it in files."""

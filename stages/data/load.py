@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import DataError
-from models.modalities import MODALITY_OF_TASK
-from models.spec import Task
+from models.spec import TaskName
+from models.tasks import MODALITY_OF_TASK
 from stages.data.config import DataConfig
 from stages.data.content_digests import ContentDigests
 from stages.data.sources import read_source
@@ -31,7 +31,7 @@ class Checked:
     digest: str
 
 
-def load_data(config: DataConfig, task: Task) -> DataSplits:
+def load_data(config: DataConfig, task: TaskName) -> DataSplits:
     """The data of a run.
 
     Raises:

@@ -23,10 +23,10 @@ from models.bundle import (
     sha256_of,
 )
 from models.errors import ConfigError, DataError, IntegrityError, RuntimeInferenceError
-from models.spec import Task
+from models.spec import TaskName
 from tests.stages.chain import packed, test_split
 
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
+TASKS: tuple[TaskName, ...] = ("image-classification", "text-classification", "audio-classification")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def failed_checks(bundle: Path) -> list[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("form", ["bundle", "tiny.tar"])
-def test_a_good_bundle_verifies(task: Task, form: str) -> None:
+def test_a_good_bundle_verifies(task: TaskName, form: str) -> None:
     with open_bundle(packed(task) / form) as opened:
         report = opened.verify()
         folder = opened.folder
@@ -76,7 +76,7 @@ def test_a_folder_and_its_tar_are_the_same_bundle() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_predictions_are_those_of_the_network(task: Task) -> None:
+def test_predictions_are_those_of_the_network(task: TaskName) -> None:
     """The same examples by the pipeline's own way: its preprocessing, its session, its batch."""
     from models.checkpoint import load_checkpoint
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession

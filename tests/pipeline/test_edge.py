@@ -14,11 +14,11 @@ import pytest
 import soundfile
 from PIL import Image
 
-from models.spec import Task
+from models.spec import TaskName
 from tests.stages.chain import packed, test_split
 
 ROOT = Path(__file__).parents[2]
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
+TASKS: tuple[TaskName, ...] = ("image-classification", "text-classification", "audio-classification")
 
 DEVICE = """
 import importlib.abc, sys
@@ -77,7 +77,7 @@ def on_a_device(*arguments: str, stdin: str | None = None) -> subprocess.Complet
     return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120)
 
 
-def inputs_of(task: Task, folder: Path) -> list[str]:
+def inputs_of(task: TaskName, folder: Path) -> list[str]:
     """Examples as a user gives them: files, or texts."""
     contents = [one.content for one in test_split(task)][:6]
     if task == "text-classification":
@@ -94,7 +94,7 @@ def inputs_of(task: Task, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_program_needs_six_libraries(task: Task) -> None:
+def test_a_program_needs_six_libraries(task: TaskName) -> None:
     command = [sys.executable, "-P", "-c", BY_THE_LIBRARY, str(packed(task) / "tiny.tar")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -104,14 +104,14 @@ def test_a_program_needs_six_libraries(task: Task) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("form", ["bundle", "tiny.tar"])
-def test_verify_needs_no_torch(task: Task, form: str) -> None:
+def test_verify_needs_no_torch(task: TaskName, form: str) -> None:
     done = on_a_device("verify", str(packed(task) / form), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] and len(report["checks"]) >= 4
 
 
-def pipelines_own(task: Task, inputs: Sequence[str]) -> list[dict[str, Any]]:
+def pipelines_own(task: TaskName, inputs: Sequence[str]) -> list[dict[str, Any]]:
     """What the merged PyTorch network says of the same inputs."""
     import torch
 
@@ -132,7 +132,7 @@ def pipelines_own(task: Task, inputs: Sequence[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_predictions_equal_the_pipelines_own(task: Task, tmp_path: Path) -> None:
+def test_predictions_equal_the_pipelines_own(task: TaskName, tmp_path: Path) -> None:
     inputs = inputs_of(task, tmp_path)
     bundle = with_fp32_chosen(task, tmp_path)
     done = on_a_device("predict", str(bundle), *inputs, "--json")
@@ -145,7 +145,7 @@ def test_predictions_equal_the_pipelines_own(task: Task, tmp_path: Path) -> None
         assert row["score"] == max(row["probabilities"].values())
 
 
-def with_fp32_chosen(task: Task, folder: Path) -> Path:
+def with_fp32_chosen(task: TaskName, folder: Path) -> Path:
     """A bundle of the fp32 candidate: the only one that can equal PyTorch to five digits."""
     from stages.artifact import write_json
     from stages.package import Package, PackageConfig

@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from models.modalities import MODALITY_OF_TASK
 from models.registry import resolve
-from models.spec import Task
+from models.spec import TaskName
+from models.tasks import MODALITY_OF_TASK
 from pipeline.progress import QuietProgress
 from stages.artifact import Artifact
 from stages.base import StageContext
@@ -31,7 +31,7 @@ LABELS = ("a", "b", "c")
 SAMPLES = 48
 
 
-def test_split(task: Task, samples: int = SAMPLES) -> tuple[Example, ...]:
+def test_split(task: TaskName, samples: int = SAMPLES) -> tuple[Example, ...]:
     """Made-up examples, the labels in turn."""
     random = np.random.default_rng(7)
     contents: list[Any] = [
@@ -61,7 +61,7 @@ def data_of(examples: tuple[Example, ...]) -> DataSplits:
 def context_of(
     output: Path,
     inputs: Mapping[str, Artifact],
-    task: Task = "image-classification",
+    task: TaskName = "image-classification",
     examples: tuple[Example, ...] | None = None,
 ) -> StageContext:
     """What the runner would hand to a stage."""
@@ -71,19 +71,19 @@ def context_of(
     return StageContext(output, output, inputs, task, backbone, data, 0, "cpu", 2, log, QuietProgress())
 
 
-def once_per_task(make: Callable[[Task], Made]) -> Callable[..., Made]:
+def once_per_task(make: Callable[[TaskName], Made]) -> Callable[..., Made]:
     """Call `make` once for each task, images by default (to `functools.cache` a default is another key)."""
     cached = functools.cache(make)
 
     @functools.wraps(make)
-    def made_once(task: Task = "image-classification") -> Made:
+    def made_once(task: TaskName = "image-classification") -> Made:
         return cached(task)
 
     return made_once
 
 
 @once_per_task
-def made(task: Task) -> dict[str, Artifact]:
+def made(task: TaskName) -> dict[str, Artifact]:
     """merge-lora, export (fp32, fp16) and quantize (matrix products in INT8) of a tiny random network."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -107,7 +107,7 @@ def made(task: Task) -> dict[str, Artifact]:
 
 
 @once_per_task
-def validated(task: Task) -> dict[str, Artifact]:
+def validated(task: TaskName) -> dict[str, Artifact]:
     """The same with validate's artifact."""
     from stages.validate import Validate, ValidateConfig
 
@@ -122,7 +122,7 @@ def validated(task: Task) -> dict[str, Artifact]:
 
 
 @once_per_task
-def packed(task: Task) -> Path:
+def packed(task: TaskName) -> Path:
     """The folder of package's artifact: `bundle/` and `tiny.tar`. To be copied, not changed."""
     from stages.package import Package, PackageConfig
 

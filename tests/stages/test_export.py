@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from models.checkpoint import load_checkpoint
 from models.classifier import Classifier
 from models.errors import DataError, ExportError
-from models.spec import IOSpec, Task
+from models.spec import IOSpec, TaskName
 from stages.export import (
     Export,
     ExportConfig,
@@ -35,7 +35,7 @@ from stages.export import (
 from tests.models.tiny import VIT, image_backbone, saved_checkpoint
 from tests.stages.chain import context_of, made, test_split
 
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
+TASKS: tuple[TaskName, ...] = ("image-classification", "text-classification", "audio-classification")
 
 
 def dims_of(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -43,7 +43,7 @@ def dims_of(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_files_have_the_names_and_axes_of_the_specification(task: Task) -> None:
+def test_files_have_the_names_and_axes_of_the_specification(task: TaskName) -> None:
     artifact = made(task)["export"]
     io = load_checkpoint(made(task)["merge-lora"].folder / "checkpoint").spec.io
     for precision in ("fp32", "fp16"):
@@ -56,7 +56,7 @@ def test_files_have_the_names_and_axes_of_the_specification(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_candidates_list_what_was_tried(task: Task) -> None:
+def test_candidates_list_what_was_tried(task: TaskName) -> None:
     fp32, fp16 = json.loads(made(task)["export"].file("candidates.json").read_text())
     assert (fp32["name"], fp16["name"]) == ("onnx-fp32", "onnx-fp16")
     assert fp16["size_bytes"] < fp32["size_bytes"]

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.errors import QuantizeError
 from models.runtimes.onnxruntime_session import OnnxRuntimeSession
-from models.spec import Task
+from models.spec import TaskName
 from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.data.splits import DataSplits, Example
@@ -32,11 +32,11 @@ from stages.quantize.stage import (
 )
 from tests.stages.chain import artifact_of, context_of, made, test_split
 
-TASKS: tuple[Task, ...] = ("image-classification", "text-classification", "audio-classification")
+TASKS: tuple[TaskName, ...] = ("image-classification", "text-classification", "audio-classification")
 LOOSE: dict[str, Any] = {"max_metric_drop": 0.2, "min_agreement": 0.7}
 
 
-def context_for(tmp_path: Path, task: Task, inputs: dict[str, Artifact] | None = None) -> StageContext:
+def context_for(tmp_path: Path, task: TaskName, inputs: dict[str, Artifact] | None = None) -> StageContext:
     """validation and calibration of made-up examples."""
     examples = test_split(task, 64)
     context = context_of(tmp_path / "out", inputs or made(task), task, examples[:48])
@@ -47,7 +47,7 @@ def context_for(tmp_path: Path, task: Task, inputs: dict[str, Artifact] | None =
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_candidates_inside_the_budget_are_written(tmp_path: Path, task: Task) -> None:
+def test_candidates_inside_the_budget_are_written(tmp_path: Path, task: TaskName) -> None:
     context = context_for(tmp_path, task)
     result = Quantize().run(context, QuantizeConfig(**LOOSE))
     assert [gate.verdict for gate in result.gates] == ["pass"]
@@ -77,7 +77,7 @@ def test_no_scheme_is_no_gate_and_no_candidate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_gate_fails_where_the_graph_is_not_the_reference(tmp_path: Path, task: Task) -> None:
+def test_the_gate_fails_where_the_graph_is_not_the_reference(tmp_path: Path, task: TaskName) -> None:
     """Labels swapped in the ONNX file: judged against PyTorch, not against the file that was quantized."""
     folder = tmp_path / "export"
     folder.mkdir()
@@ -209,7 +209,7 @@ def test_the_ladder_has_more_rungs_for_larger_graphs() -> None:
 
 @pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("task", TASKS)
-def test_the_graph_is_close_to_the_original(tmp_path: Path, task: Task, layout: Any) -> None:
+def test_the_graph_is_close_to_the_original(tmp_path: Path, task: TaskName, layout: Any) -> None:
     """Every compute node in INT8, on a real export: the error is that of eight bits, not of a wrong axis."""
     from stages.inputs import batches
     from stages.quantize.stage import prepare_graph

@@ -1,0 +1,153 @@
+"""What is asked of a network: what its labels are, what it learns from them, and how well it does.
+
+One module a kind, one row a task: adding a task is writing a module and its row. Imports numpy only (torch and
+scikit-learn inside functions that train): the device reads an answer out of the outputs without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from models.spec import TaskName, TensorSpec
+
+Target = int | float | tuple[int, ...]
+"""What an example should give: the index of its label, a number, or the indices of its labels."""
+
+Label = str | float | tuple[str, ...]
+"""The same as a person writes it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network says of one content. `probabilities` (0 to 1) by label, where the task has them.
+
+    `label` is the best label, the labels joined with a comma, or a number in words; `score` is its probability, the
+    lowest of those chosen, or the number itself.
+    """
+
+    label: str
+    score: float
+    probabilities: dict[str, float]
+
+
+class Task(Protocol):
+    """The kind of a task. Every number it gives of an example is larger for better; their mean is the metric.
+
+    Outputs are float32 (examples, outputs), in the order of the labels.
+    """
+
+    metric: str
+    """The name of the metric: the mean of `scores`, 1 at best."""
+    constant: str
+    """What the best answer that ignores its input is called."""
+    percent: bool
+    """Whether the metric is a share from 0 to 1."""
+
+    def read(self, value: Any) -> Label:
+        """The label in a cell of a table or the name of a folder. Raises `DataError`: it can be none."""
+        ...
+
+    def labels(self, found: Iterable[Label]) -> tuple[str, ...]:
+        """The labels of a data set: the names of the outputs."""
+        ...
+
+    def target(self, label: Label, labels: tuple[str, ...]) -> Target:
+        """A label as the network's target."""
+        ...
+
+    def describe(self, target: Target, labels: tuple[str, ...]) -> str:
+        """A target as a person writes it."""
+        ...
+
+    def classes(self, target: Target) -> tuple[int, ...]:
+        """The labels that a split must hold in proportion; none where labels are numbers."""
+        ...
+
+    def output(self, labels: tuple[str, ...]) -> TensorSpec:
+        """The network's output."""
+        ...
+
+    def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
+        """The array that `loss`, `scores` and `fit_head` take, one row an example."""
+        ...
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What training makes small: a scalar."""
+        ...
+
+    def scores(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """float64 (examples,): how good each answer is. Given a whole split."""
+        ...
+
+    def more_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """Other metrics of the field, by name; for the report."""
+        ...
+
+    def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """bool (examples,): whether two networks give the same answer."""
+        ...
+
+    def best_constant(self, targets: np.ndarray, outputs: int) -> np.ndarray:
+        """float32 (1, outputs): the outputs of the best answer that ignores its input, learnt on `targets`."""
+        ...
+
+    def fit_head(
+        self, features: np.ndarray, targets: np.ndarray, outputs: int, strength: float, tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A linear model: float64 (outputs, features) and (outputs,). `strength`: inverse of the regularisation."""
+        ...
+
+    def folds(self, targets: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(training, held-out) indices of up to `count` folds; none where there are too few examples."""
+        ...
+
+    def vote(self, weights: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
+        """float32 (others, outputs) from float64 (others, examples), the weights of the nearest examples."""
+        ...
+
+    def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
+        """What the outputs say."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a task looks at, and its kind as "module:Class"."""
+
+    modality: str
+    kind: str
+
+
+SINGLE_LABEL = "models.tasks.single_label:SingleLabel"
+MULTI_LABEL = "models.tasks.multi_label:MultiLabel"
+REGRESSION = "models.tasks.regression:Regression"
+
+TASKS: dict[TaskName, Row] = {
+    "image-classification": Row("image", SINGLE_LABEL),
+    "image-multilabel": Row("image", MULTI_LABEL),
+    "image-regression": Row("image", REGRESSION),
+    "text-classification": Row("text", SINGLE_LABEL),
+    "text-multilabel": Row("text", MULTI_LABEL),
+    "text-regression": Row("text", REGRESSION),
+    "audio-classification": Row("audio", SINGLE_LABEL),
+    "audio-multilabel": Row("audio", MULTI_LABEL),
+    "audio-regression": Row("audio", REGRESSION),
+}
+
+MODALITY_OF_TASK: dict[str, str] = {name: row.modality for name, row in TASKS.items()}
+
+
+@cache
+def task_of(name: TaskName) -> Task:
+    """The kind of a task."""
+    module, _, kind = TASKS[name].kind.partition(":")
+    task: Task = getattr(import_module(module), kind)()
+    return task

@@ -1,0 +1,138 @@
+"""A number for each example: regression, and the similarity of two texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from models.errors import DataError
+from models.spec import TensorSpec
+from models.tasks import Answer, Label, Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SAME = 0.1
+"""Two predictions are the same answer when they differ by less than this share of the predictions' spread (standard
+deviation): a tenth of it moves R² by about a percent at most."""
+
+
+class Regression:
+    """See the module's docstring. Targets: float32 (examples, 1).
+
+    The metric is R², as the mean over examples of 1 − (y − ŷ)² / Var(y): 0 for the mean of the examples as the
+    answer to all, and negative for worse. Train on numbers of moderate size: the head starts near 0.
+    """
+
+    metric: ClassVar[str] = "R²"
+    constant: ClassVar[str] = "mean of the training numbers"
+    percent: ClassVar[bool] = False
+
+    def read(self, value: Any) -> Label:
+        """A finite number. Raises `DataError`."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"expected a number, found {str(value)[:60]!r}") from error
+        if not math.isfinite(number):
+            raise DataError(f"expected a finite number, found {value}")
+        return number
+
+    def labels(self, found: Iterable[Label]) -> tuple[str, ...]:
+        """The one output."""
+        return ("value",)
+
+    def target(self, label: Label, labels: tuple[str, ...]) -> Target:
+        """The number."""
+        assert isinstance(label, float)
+        return label
+
+    def describe(self, target: Target, labels: tuple[str, ...]) -> str:
+        """The number in words."""
+        return f"{target:g}"
+
+    def classes(self, target: Target) -> tuple[int, ...]:
+        """There are none."""
+        return ()
+
+    def output(self, labels: tuple[str, ...]) -> TensorSpec:
+        """The number."""
+        return TensorSpec("value", "float32", ("batch", len(labels)))
+
+    def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
+        """float32 (examples, 1)."""
+        import numpy as np
+
+        return np.array(targets, np.float32).reshape(-1, 1)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean squared error."""
+        import torch
+
+        return torch.nn.functional.mse_loss(outputs, targets)
+
+    def scores(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """1 − squared error / variance of `targets`."""
+        import numpy as np
+
+        error = np.square(outputs[:, 0].astype(np.float64) - targets[:, 0])
+        return np.asarray(1.0 - error / max(float(np.var(targets[:, 0].astype(np.float64))), 1e-12))
+
+    def more_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """Mean absolute error and root of the mean squared one in the unit of the numbers; the two correlations."""
+        import numpy as np
+        from scipy.stats import pearsonr, spearmanr
+
+        found, true = outputs[:, 0].astype(np.float64), targets[:, 0].astype(np.float64)
+        metrics = {"MAE": float(np.abs(found - true).mean()), "RMSE": float(np.sqrt(np.square(found - true).mean()))}
+        if len(true) > 2 and np.ptp(found) and np.ptp(true):
+            metrics["Pearson"] = float(pearsonr(found, true).statistic)
+            metrics["Spearman"] = float(spearmanr(found, true).statistic)
+        return metrics
+
+    def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Whether both numbers differ by less than `SAME` of the spread of `others`."""
+        import numpy as np
+
+        near: np.ndarray = np.abs(outputs[:, 0] - others[:, 0]) <= SAME * float(np.std(others[:, 0]))
+        return near
+
+    def best_constant(self, targets: np.ndarray, outputs: int) -> np.ndarray:
+        """The mean."""
+        import numpy as np
+
+        return np.asarray(targets.mean(axis=0, dtype=np.float64)[None], np.float32)
+
+    def fit_head(
+        self, features: np.ndarray, targets: np.ndarray, outputs: int, strength: float, tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ridge regression. The penalty is 1 / `strength` for every example, as the losses of logistic regression."""
+        import numpy as np
+        from sklearn.linear_model import Ridge
+
+        fitted = Ridge(alpha=1.0 / strength).fit(features, targets[:, 0])
+        return fitted.coef_[None].astype(np.float64), np.array([fitted.intercept_], np.float64)
+
+    def folds(self, targets: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Plain folds: the examples are shuffled already."""
+        return plain_folds(len(targets), count)
+
+    def vote(self, weights: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
+        """The weighted mean."""
+        import numpy as np
+
+        return np.asarray(weights @ targets / weights.sum(axis=1, keepdims=True), np.float32)
+
+    def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
+        """The number."""
+        return [Answer(f"{float(row[0]):.4f}", float(row[0]), {}) for row in outputs]
+
+
+def plain_folds(examples: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive folds of (training, held-out) indices; none below two examples."""
+    import numpy as np
+    from sklearn.model_selection import KFold
+
+    return list(KFold(min(count, examples)).split(np.empty(examples))) if examples > 1 else []
