@@ -91,8 +91,8 @@ def timed(command: Sequence[str]) -> tuple[float, str]:
 def accuracy_of(record: dict[str, Any]) -> dict[str, float]:
     """Test accuracies of a run, to see that both did the same work."""
     validated = next(stage["measurements"] for stage in record["stages"] if stage["name"] == "validate")
-    found = {"pytorch": validated["reference"]["accuracy"]}
-    return found | {candidate["name"]: candidate["accuracy"] for candidate in validated["candidates"]}
+    found = {"pytorch": validated["reference"]["metric"]}
+    return found | {candidate["name"]: candidate["metric"] for candidate in validated["candidates"]}
 
 
 def summarise(rounds: list[dict[str, Any]], config: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, DataError, IntegrityError, RuntimeInferenceError, StageError
 from models.spec import IOSpec
+from models.tasks import Answer, task_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 
 BUNDLE_FILE = "bundle.json"
-BUNDLE_SCHEMA_VERSION = 1
+BUNDLE_SCHEMA_VERSION = 2
 MODEL_FILE = "model/model.onnx"
 PROCESSING_FOLDER = "processing"
 GOLDEN_FOLDER = "golden"
@@ -57,15 +58,6 @@ FEATURE_TOLERANCE = 1e-3
 """What another processor's transform, resampler or lossy decoder may round another way in float inputs, whose scale is
 about 1: numpy against PyTorch's transform differs by 3e-5. Another resampler is off by .5 in spectrograms of 30
 recordings at 8 kHz and by .02 in their waveforms (largest value of each recording, the least of them)."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The best label, its probability (0 to 1), and the probability of every label."""
-
-    label: str
-    score: float
-    probabilities: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,6 +94,7 @@ class Bundle:
 
             self.labels: tuple[str, ...] = tuple(manifest["labels"])
             self.task: str = manifest["task"]
+            self.kind = task_of(manifest["task"])
             self.io = IOSpec.from_dict(manifest["io"])
             self.modality: str = manifest["processing"]["kind"]
             self.processing: Processing = processing_from_dict(manifest["processing"], folder / PROCESSING_FOLDER)
@@ -129,39 +122,36 @@ class Bundle:
         """SHA-256 of `bundle.json`, which holds the digest of every other file: the bundle's identity."""
         return sha256_of(self.folder / BUNDLE_FILE)
 
-    def predict(self, contents: Sequence[Content], threads: int = 2, batch_size: int = 16) -> list[Prediction]:
+    def predict(self, contents: Sequence[Content], threads: int = 2, batch_size: int = 16) -> list[Answer]:
         """Predict raw contents: texts, or encoded images or recordings, their paths, uint8 pixels, waveforms.
 
         Texts are padded to the longest of their batch, and a dynamically quantized network scales its
-        activations by batch: its probabilities depend a little on `batch_size`.
+        activations by batch: its answers depend a little on `batch_size`.
 
         Raises:
             DataError: a content cannot be read.
             RuntimeInferenceError: ONNX Runtime failed, or gave other outputs than the contract's.
         """
-        predictions = []
+        predictions: list[Answer] = []
         for start in range(0, len(contents), batch_size):
             arrays = self.processing.arrays(contents[start : start + batch_size])
-            for row in probabilities_from_logits(self.infer(arrays, threads)):
-                best = int(row.argmax())
-                shares = dict(zip(self.labels, (float(value) for value in row), strict=True))
-                predictions.append(Prediction(self.labels[best], float(row[best]), shares))
+            predictions += self.kind.answers(self.infer(arrays, threads), self.labels)
         return predictions
 
     def infer(self, arrays: Mapping[str, np.ndarray], threads: int = 2, model: str | None = None) -> np.ndarray:
-        """Logits: float32 (batch, classes) from preprocessed arrays, with the chosen candidate or `model`."""
-        logits_by_name = self._session(model or self.chosen, threads).infer(arrays)
+        """Outputs: float32 (batch, outputs) from preprocessed arrays, with the chosen candidate or `model`."""
+        outputs_by_name = self._session(model or self.chosen, threads).infer(arrays)
         name = self.io.outputs[0].name
-        if set(logits_by_name) != {output.name for output in self.io.outputs}:
+        if set(outputs_by_name) != {output.name for output in self.io.outputs}:
             raise RuntimeInferenceError(
-                f"the network gave {sorted(logits_by_name)}; the bundle's contract names "
+                f"the network gave {sorted(outputs_by_name)}; the bundle's contract names "
                 f"{sorted(output.name for output in self.io.outputs)}"
             )
-        logits = logits_by_name[name]
+        outputs = outputs_by_name[name]
         batch = len(next(iter(arrays.values())))
-        if logits.shape != (batch, len(self.labels)):
-            raise RuntimeInferenceError(f"{name} has shape {logits.shape}; expected {(batch, len(self.labels))}")
-        return logits
+        if outputs.shape != (batch, len(self.labels)):
+            raise RuntimeInferenceError(f"{name} has shape {outputs.shape}; expected {(batch, len(self.labels))}")
+        return outputs
 
     def verify(self, threads: int = 2) -> VerifyReport:
         """Digests, preprocessing and outputs of the golden samples, on this device.
@@ -254,7 +244,7 @@ class Bundle:
         return Check("golden preprocessing", True, f"{len(contents)} raw inputs become the recorded arrays: {same}")
 
     def _check_outputs(self, model: str, threads: int) -> Check:
-        """Recorded arrays must give the recorded logits within the bundle's tolerance."""
+        """Recorded arrays must give the recorded outputs within the bundle's tolerance."""
         import numpy as np
 
         name = f"golden outputs of {model}"
@@ -272,17 +262,7 @@ class Bundle:
         largest = float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max())
         ok = largest <= tolerance  # False for NaN
         relation = "within" if ok else "above"
-        return Check(name, ok, f"largest logit error {largest:.3g}, {relation} the tolerance of {tolerance:.3g}")
-
-
-def probabilities_from_logits(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis in float64: float64 (batch, classes)."""
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    powers = np.exp(shifted)
-    shares: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
-    return shares
+        return Check(name, ok, f"largest error {largest:.3g}, {relation} the tolerance of {tolerance:.3g}")
 
 
 # --- opening ----------------------------------------------------------------------------------------

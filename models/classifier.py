@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from models.spec import BackboneSpec, IOSpec, ModelSpec, TaskName, TensorSpec
+from models.spec import BackboneSpec, IOSpec, ModelSpec, TaskName
+from models.tasks import task_of
 
 if TYPE_CHECKING:
     from models.backbones.build import LoadedBackbone
@@ -43,7 +44,7 @@ def new_classifier(loaded: LoadedBackbone, classes: int) -> Classifier:
 
 def make_spec(task: TaskName, backbone: BackboneSpec, loaded: LoadedBackbone, labels: tuple[str, ...]) -> ModelSpec:
     """The specification that is stored beside the weights (`processing` is filled in when it is saved)."""
-    io = IOSpec(loaded.processing.inputs, (TensorSpec("logits", "float32", ("batch", len(labels))),))
+    io = IOSpec(loaded.processing.inputs, (task_of(task).output(labels),))
     # A folder's path belongs to this machine, not to the artifact.
     return ModelSpec(task, replace(backbone, folder=None), loaded.architecture, loaded.feature_dim, labels, {}, io)
 

@@ -187,11 +187,13 @@ def load_backbone(
     max_length: int | None,
     pretrained: bool = True,
     max_seconds: float | None = None,
+    pairs: bool = False,
 ) -> LoadedBackbone:
     """Build the backbone for a task, with its weights unless `pretrained` is False (the scratch baseline).
 
-    What an example is made into: images of `image_size` pixels, texts of at most `max_length` tokens, clips of
-    `max_seconds`; None is the backbone's own, and what is not of the task's modality says nothing.
+    What an example is made into: images of `image_size` pixels, texts (or with `pairs` two of them) of at most
+    `max_length` tokens, clips of `max_seconds`; None is the backbone's own, and what is not of the task's modality
+    says nothing.
 
     Raises:
         ModelError: the weights do not fit or hold NaN.
@@ -202,12 +204,14 @@ def load_backbone(
 
     modality = MODALITY_OF_TASK[task]
     if spec.folder and (Path(spec.folder) / "model.json").is_file():
-        return from_own_checkpoint(spec, modality, image_size, max_length, max_seconds, pretrained)
+        return from_own_checkpoint(spec, modality, image_size, max_length, max_seconds, pretrained, pairs)
     check_task(spec, task)
     if spec.library == "timm":
         module, architecture, processing = load_timm(spec, image_size, pretrained)
     else:
-        module, architecture, processing = load_hf(spec, modality, image_size, max_length, max_seconds, pretrained)
+        module, architecture, processing = load_hf(
+            spec, modality, image_size, max_length, max_seconds, pretrained, pairs
+        )
     check_finite(module, spec.id)
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
 
@@ -219,6 +223,7 @@ def from_own_checkpoint(
     max_length: int | None,
     max_seconds: float | None,
     pretrained: bool,
+    pairs: bool,
 ) -> LoadedBackbone:
     """The backbone inside a checkpoint that this project wrote; its preprocessing stays as it was.
 
@@ -231,6 +236,9 @@ def from_own_checkpoint(
     processing = checkpoint.processing
     if processing.kind != modality:
         raise ModelError(f"{spec.id} takes {processing.kind}, the task wants {modality}")
+    if getattr(processing, "pairs", False) != pairs:
+        takes, given = ("two texts", "one") if not pairs else ("one text", "two")
+        raise ModelError(f"{spec.id} takes {takes} an example, the data has {given} (data.text_pair_column)")
     for key, asked, own in (
         ("image_size", image_size, getattr(processing, "size", None)),
         ("max_length", max_length, getattr(processing, "max_length", None)),

@@ -35,7 +35,7 @@ STAGE_HELP = {
     "finetune": "Adapt the backbone to the data: an adapter or a checkpoint.",
     "merge-lora": "Fold the adapter into the base weights and prove that nothing changed.",
     "export": "Write the network as ONNX and prove parity at other shapes.",
-    "quantize": "Make INT8 candidates that stay inside their accuracy budget.",
+    "quantize": "Make INT8 candidates that stay inside their budget.",
     "validate": "Measure every candidate against PyTorch on the test split and check the gates.",
     "package": "Pack the candidate that passed into a bundle.",
 }
@@ -245,7 +245,10 @@ def rank(
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder or tar.")],
     inputs: Annotated[
-        list[str], typer.Argument(help="Image or audio files; for text bundles, texts or - for standard input.")
+        list[str],
+        typer.Argument(
+            help="Image or audio files, or texts (two with a tab between them where they are compared); - reads lines."
+        ),
     ],
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     json_: JsonOption = False,
@@ -254,20 +257,17 @@ def predict(
     from models.bundle import open_bundle
 
     with open_bundle(bundle) as opened:
-        contents: list[Any]
-        if opened.modality == "text":
-            contents = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
-        else:
-            contents = [Path(item) for item in inputs]
-        predictions = opened.predict(contents, threads=threads)
+        words = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else inputs
+        contents = [opened.processing.from_argument(word) for word in words]
+        answers = opened.predict(contents, threads=threads)
         if json_:
             rows = [
                 {"input": item, "label": one.label, "score": one.score, "probabilities": one.probabilities}
-                for item, one in zip(map(str, contents), predictions, strict=True)
+                for item, one in zip(words, answers, strict=True)
             ]
             print_json(rows)
             return
-        for item, one in zip(contents, predictions, strict=True):
+        for item, one in zip(words, answers, strict=True):
             echo(f"{one.label}\t{one.score:.4f}\t{item}")
 
 

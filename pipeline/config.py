@@ -52,7 +52,7 @@ class PipelineConfig(StageConfig):
     )
     export: ExportConfig = Field(default_factory=ExportConfig, description="Write the network as ONNX.")
     quantize: QuantizeConfig = Field(
-        default_factory=QuantizeConfig, description="Make lower-precision candidates within an accuracy budget."
+        default_factory=QuantizeConfig, description="Make lower-precision candidates within a budget."
     )
     validate_: ValidateConfig = Field(
         default_factory=ValidateConfig, alias="validate", description="Measure every candidate against PyTorch."

@@ -17,7 +17,7 @@ from typing import Any
 from models.errors import IntegrityError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 def batches(
     processing: Processing, examples: Sequence[Example], batch_size: int
-) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """(inputs, labels int64 (batch,)) for consecutive examples."""
-    import numpy as np
-
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """(inputs, how many) for consecutive examples."""
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        yield processing.arrays([one.content for one in part]), np.array([one.label for one in part], np.int64)
+        yield processing.arrays([one.content for one in part]), len(part)
 
 
-def predict_logits(
+def predict(
     runtime: Runtime,
     processing: Processing,
     examples: Sequence[Example],
@@ -33,12 +31,12 @@ def predict_logits(
     progress: Progress,
     description: str,
 ) -> np.ndarray:
-    """Logits: float32 (examples, classes), from a runtime's first output."""
+    """float32 (examples, outputs), from a runtime's first output."""
     import numpy as np
 
     outputs = []
     with progress.task(description, len(examples)) as advance:
-        for inputs, labels in batches(processing, examples, batch_size):
+        for inputs, count in batches(processing, examples, batch_size):
             outputs.append(next(iter(runtime.infer(inputs).values())))
-            advance(len(labels))
+            advance(count)
     return np.concatenate(outputs)

@@ -30,6 +30,7 @@ from models.bundle import (
     open_bundle,
 )
 from models.errors import IntegrityError
+from models.tasks import Target, task_of
 from stages.artifact import digest_files, sha256_of_file, write_json
 from stages.base import (
     NETWORK_PACKAGES,
@@ -164,7 +165,7 @@ def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chose
             )
     return {
         "file": target.relative_to(bundle).as_posix(),
-        **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "accuracy", "latency_ms_p50")},
+        **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "metric", "latency_ms_p50")},
     }
 
 
@@ -174,13 +175,12 @@ def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chose
 def write_golden(
     context: StageContext, checkpoint: Checkpoint, models: dict[str, dict[str, Any]], bundle: Path, count: int
 ) -> dict[str, Any]:
-    """Raw inputs, the arrays they become, the logits of every shipped model and of the reference.
+    """Raw inputs, the arrays they become, the outputs of every shipped model and of the reference.
 
-    Adds the name of its outputs and its tolerance (in logits) to each of `models`.
+    Adds the name of its outputs and its tolerance (in their unit) to each of `models`.
     """
     import numpy as np
 
-    from models.bundle import probabilities_from_logits
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
 
@@ -194,27 +194,26 @@ def write_golden(
     )
     output = checkpoint.spec.io.outputs[0].name
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
-        saved = {**arrays, "logits-reference": runtime.infer(arrays)[output]}
+        saved = {**arrays, "outputs-reference": runtime.infer(arrays)[output]}
     for name, model in models.items():
         with OnnxRuntimeSession(bundle / model["file"], threads=context.threads) as session:
-            logits = session.infer(arrays)[output]
-        model["golden_outputs"] = f"logits-{name}"
-        model["golden_tolerance"] = GOLDEN_TOLERANCES[model["precision"]] * float(logits.max() - logits.min())
-        saved[model["golden_outputs"]] = logits
-        saved[f"probabilities-{name}"] = probabilities_from_logits(logits)
+            outputs = session.infer(arrays)[output]
+        model["golden_outputs"] = f"outputs-{name}"
+        model["golden_tolerance"] = GOLDEN_TOLERANCES[model["precision"]] * float(outputs.max() - outputs.min())
+        saved[model["golden_outputs"]] = outputs
     for name, array in saved.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    labels = checkpoint.spec.labels
+    spec = checkpoint.spec
     samples = [
-        {"file": f"{GOLDEN_FOLDER}/{name}", "label": labels[example.label]}
+        {"file": f"{GOLDEN_FOLDER}/{name}", "label": task_of(spec.task).describe(example.label, spec.labels)}
         for name, example in zip(names, examples, strict=True)
     ]
-    return {"samples": samples, "reference_outputs": "logits-reference"}
+    return {"samples": samples, "reference_outputs": "outputs-reference"}
 
 
 def golden_examples(examples: Sequence[Example], count: int) -> list[Example]:
-    """The first example of every label, then the second, and so on, up to `count`."""
-    seen: Counter[int] = Counter()
+    """The first example of every label or set of them, then the second, and so on, up to `count`."""
+    seen: Counter[Target] = Counter()
     ranked = []
     for position, example in enumerate(examples):
         ranked.append((seen[example.label], position))
@@ -269,19 +268,20 @@ def model_card(name: str, checkpoint: Checkpoint, evidence: dict[str, Any], samp
     """README.md: what the model is, how good it is by which evidence, and how to run it."""
     spec = checkpoint.spec
     chosen = next(entry for entry in evidence["candidates"] if entry["name"] == evidence["chosen"])
-    low, high = chosen["accuracy_difference_interval"]
+    low, high = chosen["metric_difference_interval"]
+    task, metric = task_of(spec.task), evidence["metric_name"]
     inputs = "\n".join(f"- `{one.name}`: {one.dtype} ({', '.join(map(str, one.dims))})" for one in spec.io.inputs)
     return f"""# {plain(name)}
 
-{spec.task} with {len(spec.labels)} classes, adapted from {plain(spec.backbone.id)} ({plain(spec.backbone.weights)}).
+{spec.task} with {len(spec.labels)} outputs, adapted from {plain(spec.backbone.id)} ({plain(spec.backbone.weights)}).
 Shipped as {chosen["name"]} ({chosen["precision"]}, {chosen["size_bytes"]} bytes), chosen for {evidence["objective"]}.
 
 ## Measured on {evidence["samples"]} held-out samples
 
 {measured_table(evidence, chosen)}
 
-Accuracy differs from the reference's by {chosen["accuracy_difference"]:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}
-(Tango's score interval for paired proportions). So many samples can see a drop of
+The {metric} differs from the reference's by {chosen["metric_difference"]:+.4f}, 95 % interval {low:+.4f} to
+{high:+.4f} (paired by sample). So many samples can see a drop of
 {chosen["smallest_visible_drop"]:.4f} or more (90 % power); smaller ones may be there unseen. Latency was measured
 on the machine that built this, with {evidence["threads"]} threads; another one differs.
 
@@ -296,20 +296,20 @@ Inputs; preprocessing is described in `bundle.json`, and normalisation is inside
 
 {inputs}
 
-Output: `{spec.io.outputs[0].name}`, float32 (batch, {len(spec.labels)}); softmax gives the probabilities of
+Output: `{spec.io.outputs[0].name}`, float32 (batch, {len(spec.labels)}). {task.reading}
 
 {chr(10).join(f"{index}. {plain(label)}" for index, label in enumerate(spec.labels))}
-
-It knows no other classes: an input that belongs to none of them gets one all the same.
 """
 
 
 def measured_table(evidence: dict[str, Any], chosen: dict[str, Any]) -> str:
     """Reference and shipped model side by side."""
     reference = evidence["reference"]
+    before, after = reference["more_metrics"], chosen["more_metrics"]
     rows = [
-        ("accuracy", f"{reference['accuracy']:.4f}", f"{chosen['accuracy']:.4f}"),
-        ("same class as the reference", "", f"{chosen['agreement']:.4f}"),
+        (evidence["metric_name"], f"{reference['metric']:.4f}", f"{chosen['metric']:.4f}"),
+        *((name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before if name in after),
+        ("same answer as the reference", "", f"{chosen['agreement']:.4f}"),
         ("latency at batch 1, p50 (ms)", f"{reference['latency_ms_p50']:.2f}", f"{chosen['latency_ms_p50']:.2f}"),
         ("size (bytes)", str(reference["size_bytes"]), str(chosen["size_bytes"])),
     ]

@@ -51,19 +51,52 @@ def _tango_score(gained: int, lost: int, samples: int, difference: float) -> flo
     return numerator / math.sqrt(variance)
 
 
-def smallest_visible_drop(flip_share: float, samples: int) -> float:
-    """The accuracy drop that a paired non-inferiority test of this size sees with 90 % power at α = .05.
+def paired_interval(found: np.ndarray, wanted: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of the mean of `found` − `wanted`, two scores of each sample: float64 (samples,).
 
-    n = 8.56 ψ / m², with ψ the share of samples whose correctness flips and m the margin, solved for m;
-    with no flip seen, ψ is bounded by 3 / n (the rule of three). At most 1: a handful of samples sees nothing.
+    Tango's where every score is 0 or 1; else Student's t on the paired differences, which holds for many samples
+    whatever their distribution.
+
+    Raises:
+        ValueError: there are no samples.
     """
-    return min(1.0, math.sqrt(8.56 * max(flip_share, 3 / samples) / samples))
+    import numpy as np
+    from scipy.stats import t
+
+    if are_binary(found) and are_binary(wanted):
+        return tango_interval(int((found > wanted).sum()), int((wanted > found).sum()), len(found), confidence)
+    if not len(found):
+        raise ValueError("there are no samples")
+    differences = found - wanted
+    mean, deviation = float(differences.mean()), float(np.std(differences, ddof=1)) if len(found) > 1 else math.inf
+    reach = float(t.ppf(0.5 + confidence / 2, max(len(found) - 1, 1))) * deviation / math.sqrt(len(found))
+    return mean - reach, mean + reach
+
+
+def are_binary(scores: np.ndarray) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(((scores == 0) | (scores == 1)).all())
+
+
+def smallest_visible_drop(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The drop of the mean score that a paired non-inferiority test on these samples sees with 90 % power at α = .05.
+
+    n = 8.56 ψ / m², with ψ the variance of the paired differences (for right and wrong answers the share of samples
+    that flip) and m the margin, solved for m; with no flip seen, ψ is bounded by 3 / n (the rule of three). At most 1:
+    a handful of samples sees nothing.
+    """
+    import numpy as np
+
+    samples = len(found)
+    variance = float(np.square(found - wanted).mean())
+    floor = 3 / samples if are_binary(found) and are_binary(wanted) else 0.0
+    return min(1.0, math.sqrt(8.56 * max(variance, floor) / samples))
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more one network has right than another on the same examples: the difference of their accuracies and
-    its interval (Tango's score interval for paired proportions)."""
+    """How much better one network does than another on the same examples: the difference of their mean scores and its
+    interval (see `paired_interval`)."""
 
     difference: float
     low: float
@@ -74,8 +107,7 @@ class Gain:
         return f"{self.difference:+.4f} ({self.confidence:.0%} interval {self.low:+.4f} to {self.high:+.4f})"
 
 
-def gain_of(correct: np.ndarray, other: np.ndarray, confidence: float) -> Gain:
-    """`correct` against `other`: bool (examples,), the same examples in the same order."""
-    gained, lost = int((correct & ~other).sum()), int((other & ~correct).sum())
-    low, high = tango_interval(gained, lost, len(correct), confidence)
-    return Gain((gained - lost) / len(correct), low, high, confidence)
+def gain_of(scores: np.ndarray, others: np.ndarray, confidence: float) -> Gain:
+    """`scores` against `others`: float64 (examples,), the same examples in the same order."""
+    low, high = paired_interval(scores, others, confidence)
+    return Gain(float((scores - others).mean()), low, high, confidence)

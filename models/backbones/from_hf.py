@@ -3,8 +3,9 @@ its own (hf_audio)."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ MAX_LENGTH = 128
 def make_text_module(config: dict[str, Any]) -> torch.nn.Module:
     """An encoder with masked mean pooling (Reimers & Gurevych 2019, Sentence-BERT).
 
-    `forward` takes `input_ids` and `attention_mask`: int64 (batch, sequence); gives float32 (batch, features).
+    `forward` takes `input_ids` and `attention_mask`, and `token_type_ids` where two texts are compared: int64 (batch,
+    sequence); gives float32 (batch, features).
     """
     import torch
 
@@ -35,8 +37,11 @@ def make_text_module(config: dict[str, Any]) -> torch.nn.Module:
             super().__init__()
             self.network = network_from_config(config)
 
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            hidden = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            hidden = self.network(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
             weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled: torch.Tensor = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
             return pooled
@@ -126,6 +131,7 @@ def load_hf(
     max_length: int | None,
     max_seconds: float | None,
     pretrained: bool,
+    pairs: bool,
 ) -> tuple[torch.nn.Module, dict[str, Any], Processing]:
     """The module, the architecture that rebuilds it, and its preprocessing.
 
@@ -164,6 +170,8 @@ def load_hf(
             architecture = {"library": "hf", "modality": "image", "config": values, "mean": prepared.mean,
                             "std": prepared.std, "bgr": prepared.bgr}  # fmt: skip
         module = build_hf(architecture)
+        if pairs and isinstance(processing, TextProcessing):
+            processing = replace(processing, pairs=True, types=takes_types(module, values))
         if pretrained:
             load_weights(module, source, revision, config)
     except OSError as error:
@@ -173,6 +181,13 @@ def load_hf(
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {spec.id} as an encoder of {modality}s: {error}") from error
     return module, architecture, processing
+
+
+def takes_types(module: torch.nn.Module, config: dict[str, Any]) -> bool:
+    """Whether the encoder is told which token is of which text; where it is not (RoBERTa, with one row of token types)
+    it sees the tokens between them only."""
+    named = inspect.signature(module.get_submodule("network").forward).parameters
+    return "token_type_ids" in named and int(config.get("type_vocab_size") or 0) > 1
 
 
 def load_weights(module: torch.nn.Module, source: str, revision: str | None, config: Any) -> None:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from models.modalities.audio import Waveform
     from models.spec import TensorSpec
 
-    Content = str | bytes | Path | np.ndarray | Waveform
-    """One raw example: a text; an encoded image or recording, or its path; uint8 pixels (height, width[, 3]); samples
-    with their rate."""
+    Content = str | tuple[str, str] | bytes | Path | np.ndarray | Waveform
+    """One raw example: a text or two; an encoded image or recording, or its path; uint8 pixels (height, width[, 3]);
+    samples with their rate."""
 
 PROCESSINGS = {
     "image": "models.modalities.vision:ImageProcessing",
@@ -66,6 +66,10 @@ class Processing(Protocol):
 
     def from_file(self, data: bytes) -> Content:
         """The content of a file that `to_file` made."""
+        ...
+
+    def from_argument(self, argument: str) -> Content:
+        """The content that a word of the command line, or a line of standard input, stands for. Raises `DataError`."""
         ...
 
     def save(self, folder: Path) -> dict[str, Any]:

@@ -150,6 +150,10 @@ class AudioProcessing:
         """The content of such a file."""
         return data
 
+    def from_argument(self, argument: str) -> Content:
+        """A path."""
+        return Path(argument)
+
     def save(self, folder: Path) -> dict[str, Any]:
         """The declarative form; audio needs no files."""
         return {"kind": self.kind, **asdict(self)}
@@ -191,7 +195,7 @@ def decode_audio(content: Content) -> Waveform:
 
     name = str(content) if isinstance(content, str | Path) else f"{len(content)} encoded bytes"
     try:
-        with io.BytesIO(content) if isinstance(content, bytes) else Path(content).open("rb") as stream:
+        with io.BytesIO(content) if isinstance(content, bytes) else Path(str(content)).open("rb") as stream:
             check_length(stream, name)
             with soundfile.SoundFile(stream) as file:
                 if file.frames * file.channels > MAX_SAMPLES:

@@ -110,6 +110,10 @@ class ImageProcessing:
         """The content of such a file."""
         return data
 
+    def from_argument(self, argument: str) -> Content:
+        """A path."""
+        return Path(argument)
+
     def save(self, folder: Path) -> dict[str, Any]:
         """The declarative form; images need no files."""
         return {"kind": self.kind, **asdict(self)}

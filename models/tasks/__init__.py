@@ -6,11 +6,11 @@ scikit-learn inside functions that train): the device reads an answer out of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,31 +44,33 @@ class Task(Protocol):
     Outputs are float32 (examples, outputs), in the order of the labels.
     """
 
-    metric: str
+    metric: ClassVar[str]
     """The name of the metric: the mean of `scores`, 1 at best."""
-    constant: str
+    constant: ClassVar[str]
     """What the best answer that ignores its input is called."""
-    percent: bool
-    """Whether the metric is a share from 0 to 1."""
+    fewest_labels: ClassVar[int]
+    """With fewer labels there is nothing to learn."""
+    reading: ClassVar[str]
+    """How to read the outputs, for the card of a bundle; the labels follow in a list."""
 
     def read(self, value: Any) -> Label:
-        """The label in a cell of a table or the name of a folder. Raises `DataError`: it can be none."""
+        """The label in a cell of a table or the name of a folder.
+
+        Raises:
+            DataError: it is none; the message goes on after the name of the column.
+        """
         ...
 
     def labels(self, found: Iterable[Label]) -> tuple[str, ...]:
         """The labels of a data set: the names of the outputs."""
         ...
 
-    def target(self, label: Label, labels: tuple[str, ...]) -> Target:
-        """A label as the network's target."""
+    def target(self, label: Label, indices: Mapping[str, int]) -> Target:
+        """A label as the network's target. `indices`: label → index of its output."""
         ...
 
     def describe(self, target: Target, labels: tuple[str, ...]) -> str:
         """A target as a person writes it."""
-        ...
-
-    def classes(self, target: Target) -> tuple[int, ...]:
-        """The labels that a split must hold in proportion; none where labels are numbers."""
         ...
 
     def output(self, labels: tuple[str, ...]) -> TensorSpec:
@@ -110,12 +112,20 @@ class Task(Protocol):
         ...
 
     def vote(self, weights: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
-        """float32 (others, outputs) from float64 (others, examples), the weights of the nearest examples."""
+        """float32 (examples, outputs): what the neighbours of each example say. `weights`: float64 (examples,
+        neighbours); `targets`: those of the neighbours, (examples, neighbours, …)."""
         ...
 
     def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
         """What the outputs say."""
         ...
+
+
+def classes_of(target: Target) -> tuple[int, ...]:
+    """The labels of a target by index, which every split must hold in proportion; a number has none."""
+    if isinstance(target, tuple):
+        return target
+    return () if isinstance(target, float) else (target,)
 
 
 @dataclass(frozen=True)

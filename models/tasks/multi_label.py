@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import DataError
 from models.spec import TensorSpec
-from models.tasks import Answer, Label, Target
+from models.tasks import Answer, Label, Target, classes_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,10 @@ class MultiLabel:
 
     metric: ClassVar[str] = "samples F1"
     constant: ClassVar[str] = "most frequent labels"
-    percent: ClassVar[bool] = True
+    fewest_labels: ClassVar[int] = 1
+    reading: ClassVar[str] = (
+        "The logistic function gives the probability of each of these labels; above one half it holds."
+    )
 
     def read(self, value: Any) -> Label:
         """The labels of a list, or of a text with ";" between them; none is a label set too. Raises `DataError`."""
@@ -35,26 +38,21 @@ class MultiLabel:
             return ()
         parts = value if isinstance(value, list | tuple) else str(value).split(SEPARATOR)
         if any(isinstance(one, list | tuple | dict) or one is None for one in parts):
-            raise DataError(f"expected a list of labels, found {str(value)[:60]!r}")
+            raise DataError(f"holds {str(value)[:60]!r}; expected a list of labels")
         return tuple(sorted({text for one in parts if (text := str(one).strip())}))
 
     def labels(self, found: Iterable[Label]) -> tuple[str, ...]:
         """All labels by name."""
         return tuple(sorted({one for label in found if isinstance(label, tuple) for one in label}))
 
-    def target(self, label: Label, labels: tuple[str, ...]) -> Target:
+    def target(self, label: Label, indices: Mapping[str, int]) -> Target:
         """The indices of the labels."""
         assert isinstance(label, tuple)
-        return tuple(labels.index(one) for one in label)
+        return tuple(indices[one] for one in label)
 
     def describe(self, target: Target, labels: tuple[str, ...]) -> str:
         """The labels with commas between them."""
-        return ", ".join(labels[index] for index in self.classes(target)) or "(none)"
-
-    def classes(self, target: Target) -> tuple[int, ...]:
-        """The labels."""
-        assert isinstance(target, tuple)
-        return target
+        return ", ".join(labels[index] for index in classes_of(target)) or "(none)"
 
     def output(self, labels: tuple[str, ...]) -> TensorSpec:
         """Logits, one a label, each for itself."""
@@ -66,7 +64,7 @@ class MultiLabel:
 
         array = np.zeros((len(targets), outputs), np.float32)
         for row, target in zip(array, targets, strict=True):
-            row[list(self.classes(target))] = 1.0
+            row[list(classes_of(target))] = 1.0
         return array
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -145,7 +143,8 @@ class MultiLabel:
         """The share of each label in the weights, less one half."""
         import numpy as np
 
-        return np.asarray(weights @ targets / weights.sum(axis=1, keepdims=True) - 0.5, np.float32)
+        means = np.einsum("en,eno->eo", weights, targets) / weights.sum(axis=1, keepdims=True)
+        return np.asarray(means - 0.5, np.float32)
 
     def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
         """The labels with a probability above one half, by the logistic function."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import DataError
@@ -22,29 +22,30 @@ deviation): a tenth of it moves R² by about a percent at most."""
 class Regression:
     """See the module's docstring. Targets: float32 (examples, 1).
 
-    The metric is R², as the mean over examples of 1 − (y − ŷ)² / Var(y): 0 for the mean of the examples as the
-    answer to all, and negative for worse. Train on numbers of moderate size: the head starts near 0.
+    The metric is R², the share of the variance explained, as the mean over examples of 1 − (y − ŷ)² / Var(y): 0 for
+    their mean as the answer to all, and negative for worse.
     """
 
     metric: ClassVar[str] = "R²"
     constant: ClassVar[str] = "mean of the training numbers"
-    percent: ClassVar[bool] = False
+    fewest_labels: ClassVar[int] = 1
+    reading: ClassVar[str] = "The number itself, in the unit of the training data."
 
     def read(self, value: Any) -> Label:
         """A finite number. Raises `DataError`."""
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
-            raise DataError(f"expected a number, found {str(value)[:60]!r}") from error
+            raise DataError(f"holds {str(value)[:60]!r}; expected a number") from error
         if not math.isfinite(number):
-            raise DataError(f"expected a finite number, found {value}")
+            raise DataError(f"holds {value}; expected a finite number")
         return number
 
     def labels(self, found: Iterable[Label]) -> tuple[str, ...]:
         """The one output."""
         return ("value",)
 
-    def target(self, label: Label, labels: tuple[str, ...]) -> Target:
+    def target(self, label: Label, indices: Mapping[str, int]) -> Target:
         """The number."""
         assert isinstance(label, float)
         return label
@@ -52,10 +53,6 @@ class Regression:
     def describe(self, target: Target, labels: tuple[str, ...]) -> str:
         """The number in words."""
         return f"{target:g}"
-
-    def classes(self, target: Target) -> tuple[int, ...]:
-        """There are none."""
-        return ()
 
     def output(self, labels: tuple[str, ...]) -> TensorSpec:
         """The number."""
@@ -123,7 +120,8 @@ class Regression:
         """The weighted mean."""
         import numpy as np
 
-        return np.asarray(weights @ targets / weights.sum(axis=1, keepdims=True), np.float32)
+        means = np.einsum("en,eno->eo", weights, targets) / weights.sum(axis=1, keepdims=True)
+        return np.asarray(means, np.float32)
 
     def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
         """The number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import DataError
@@ -22,35 +22,33 @@ class SingleLabel:
 
     metric: ClassVar[str] = "accuracy"
     constant: ClassVar[str] = "majority class"
-    percent: ClassVar[bool] = True
+    fewest_labels: ClassVar[int] = 2
+    reading: ClassVar[str] = (
+        "Softmax gives the probabilities of these classes. It knows no others: an input that belongs to none of them "
+        "gets one all the same."
+    )
 
     def read(self, value: Any) -> Label:
         """The name of a class. Raises `DataError` for nothing, and for several."""
-        if value is None or isinstance(value, list | tuple | dict):
-            found = "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
-            raise DataError(f"expected one label, found {found}; for several labels an example take a multilabel task")
-        text = str(value).strip()
-        if not text:
-            raise DataError("the label is empty")
-        return text
+        if value is None or value == "":
+            raise DataError("is empty")
+        if not isinstance(value, str | int | float):
+            several = "; for several labels an example take a multilabel task" * isinstance(value, list)
+            raise DataError(f"holds {type(value).__name__}; expected a name or a number{several}")
+        return str(value)
 
     def labels(self, found: Iterable[Label]) -> tuple[str, ...]:
         """The classes by name."""
         return tuple(sorted({str(label) for label in found}))
 
-    def target(self, label: Label, labels: tuple[str, ...]) -> Target:
+    def target(self, label: Label, indices: Mapping[str, int]) -> Target:
         """The index of the class."""
-        return labels.index(str(label))
+        return indices[str(label)]
 
     def describe(self, target: Target, labels: tuple[str, ...]) -> str:
         """The name of the class."""
         assert isinstance(target, int)
         return labels[target]
-
-    def classes(self, target: Target) -> tuple[int, ...]:
-        """The class."""
-        assert isinstance(target, int)
-        return (target,)
 
     def output(self, labels: tuple[str, ...]) -> TensorSpec:
         """Logits, one a class."""
@@ -132,7 +130,9 @@ class SingleLabel:
         """The share of each class in the weights."""
         import numpy as np
 
-        return np.asarray(weights @ np.eye(outputs)[targets], np.float32)
+        shares = np.zeros((len(weights), outputs), np.float32)
+        np.add.at(shares, (np.arange(len(weights))[:, None], targets), weights)
+        return shares
 
     def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
         """The most probable class, by softmax."""

@@ -60,7 +60,7 @@ class Candidate:
 
     name: str
     precision: str
-    accuracy: float | None
+    metric: float | None
     difference: float | None
     interval: tuple[float, float] | None
     agreement: float | None
@@ -119,6 +119,11 @@ class Facts:
     def broken_stage(self) -> dict[str, Any]:
         """The stage that failed with an error or was interrupted, empty where there is none."""
         return next((stage for stage in self.stages if stage.get("status") in ("failed", "interrupted")), {})
+
+    @property
+    def metric(self) -> str:
+        """What the metric is called."""
+        return str(self.measured("validate").get("metric_name") or self.measured("finetune").get("metric") or "metric")
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -216,7 +221,7 @@ class Facts:
         if chosen is None:
             return ""
         samples = number(self.measured("validate").get("samples"))
-        parts = [f"accuracy {format_percent(chosen.accuracy)}"]
+        parts = [f"{self.metric} {format_percent(chosen.metric)}"]
         if chosen.difference is not None:
             parts[0] += f" ({format_points(chosen.difference)} against PyTorch"
             parts[0] += f", interval {format_interval(chosen.interval)})" if chosen.interval else ")"
@@ -255,7 +260,7 @@ def gate_fact(stage: str, gate: Mapping[str, Any]) -> GateFact:
 def candidate_from(item: Mapping[str, Any], reference: Mapping[str, Any], chosen: object) -> Candidate:
     """A candidate of validate's measurements; the speed-up follows from the latencies where it is missing."""
     p50, reference_p50 = number(item.get("latency_ms_p50")), number(reference.get("latency_ms_p50"))
-    bounds = [number(bound) for bound in sequence(item.get("accuracy_difference_interval"))]
+    bounds = [number(bound) for bound in sequence(item.get("metric_difference_interval"))]
     low, high = bounds if len(bounds) == 2 else (None, None)
     speedup = number(item.get("speedup"))
     if speedup is None and p50 and reference_p50:
@@ -263,8 +268,8 @@ def candidate_from(item: Mapping[str, Any], reference: Mapping[str, Any], chosen
     return Candidate(
         name=str(item.get("name") or "unnamed"),
         precision=str(item.get("precision") or ""),
-        accuracy=number(item.get("accuracy")),
-        difference=number(item.get("accuracy_difference")),
+        metric=number(item.get("metric")),
+        difference=number(item.get("metric_difference")),
         interval=(low, high) if low is not None and high is not None else None,
         agreement=number(item.get("agreement")),
         p50_ms=p50,

@@ -17,6 +17,11 @@ def format_percent(value: float | None, decimals: int = 1) -> str:
     return f">{100 - 10**-decimals:.{decimals}f}%" if rounded_up else text
 
 
+def capitalized(text: str) -> str:
+    """With a capital first letter; the others stay (R², samples F1)."""
+    return text[:1].upper() + text[1:]
+
+
 def format_points(value: float | None) -> str:
     """A difference of two fractions in percentage points, with its sign: -.003 → `−0.3 pt`."""
     return MISSING if value is None else f"{signed(100 * value)} pt"

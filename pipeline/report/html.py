@@ -11,6 +11,7 @@ from pipeline.report import svg
 from pipeline.report.facts import Candidate, Facts, mapping, number, sequence
 from pipeline.report.formats import (
     MISSING,
+    capitalized,
     format_bytes,
     format_duration,
     format_interval,
@@ -99,10 +100,10 @@ def key_figures(facts: Facts) -> Html:
     figures = []
     chosen, reference = facts.chosen, facts.reference
     if chosen:
-        accuracy = number(reference.get("accuracy"))
+        before = number(reference.get("metric"))
         share = facts.size_share
         figures = [
-            ("Accuracy", format_percent(chosen.accuracy), f"PyTorch {format_percent(accuracy)}"),
+            (capitalized(facts.metric), format_percent(chosen.metric), f"PyTorch {format_percent(before)}"),
             (
                 "Speed",
                 format_ratio(chosen.speedup),
@@ -190,41 +191,43 @@ def candidates_section(facts: Facts) -> Html:
 
 
 def candidate_plot(facts: Facts) -> Html:
-    """The scatter plot of every candidate with an accuracy and a latency."""
+    """The scatter plot of every candidate with a metric and a latency."""
     points = []
-    reference_accuracy, reference_ms = (
-        number(facts.reference.get("accuracy")),
+    reference_metric, reference_ms = (
+        number(facts.reference.get("metric")),
         number(facts.reference.get("latency_ms_p50")),
     )
-    if reference_accuracy is not None and reference_ms is not None:
-        detail = f"{format_percent(reference_accuracy)}, {format_ms(reference_ms)}"
-        points.append(svg.Point("PyTorch", reference_ms, reference_accuracy, "reference", detail))
+    if reference_metric is not None and reference_ms is not None:
+        detail = f"{format_percent(reference_metric)}, {format_ms(reference_ms)}"
+        points.append(svg.Point("PyTorch", reference_ms, reference_metric, "reference", detail))
     for item in facts.candidates:
-        if item.accuracy is None or item.p50_ms is None:
+        if item.metric is None or item.p50_ms is None:
             continue
         style = "failed" if not item.passed else "chosen" if item.chosen else "plain"
-        base = item.accuracy - item.difference if item.difference is not None else None
+        base = item.metric - item.difference if item.difference is not None else None
         interval = (base + item.interval[0], base + item.interval[1]) if item.interval and base is not None else None
-        detail = f"{format_percent(item.accuracy)}, {format_ms(item.p50_ms)}"
-        points.append(svg.Point(item.name, item.p50_ms, item.accuracy, style, detail, interval))
+        detail = f"{format_percent(item.metric)}, {format_ms(item.p50_ms)}"
+        points.append(svg.Point(item.name, item.p50_ms, item.metric, style, detail, interval))
     if not points:
         return Html("")
-    text = "Accuracy against median latency: " + "; ".join(f"{point.name} {point.detail}" for point in points)
+    metric = shorten(facts.metric, 40)
+    text = f"{capitalized(metric)} against median latency: " + "; ".join(
+        f"{point.name} {point.detail}" for point in points
+    )
     plot = svg.scatter(
         points,
         shorten(text, 600),
         "median latency of one example, ms →",
-        "accuracy ↑",
+        f"{metric} ↑",
         lambda tick: f"{tick:g}",
         lambda tick: f"{100 * tick:.1f}%",
     )
-    note = "Up and left is better. Bars: the interval of the accuracy difference to PyTorch, on the same examples."
-    return element("figure", scrolling(plot, "Candidates by accuracy and latency"), element("figcaption", note))
+    note = f"Up and left is better. Bars: the interval of the {metric} difference to PyTorch, on the same examples."
+    return element("figure", scrolling(plot, f"Candidates by {metric} and latency"), element("figcaption", note))
 
 
 CANDIDATE_HEADS = (
     "Candidate",
-    "Accuracy",
     "Difference to PyTorch",
     "Agreement",
     "p50",
@@ -242,7 +245,7 @@ def candidate_table(facts: Facts) -> Html:
     rows = []
     if reference:
         values = [
-            format_percent(number(reference.get("accuracy"))),
+            format_percent(number(reference.get("metric"))),
             MISSING,
             MISSING,
             *(format_ms(number(reference.get(f"latency_ms_{part}"))) for part in ("p50", "p95")),
@@ -256,7 +259,7 @@ def candidate_table(facts: Facts) -> Html:
             [format_points(item.difference), element("div", format_interval(item.interval), class_="sub")]
         )
         values = [
-            format_percent(item.accuracy),
+            format_percent(item.metric),
             difference,
             format_percent(item.agreement),
             format_ms(item.p50_ms),
@@ -275,7 +278,8 @@ def candidate_table(facts: Facts) -> Html:
                 mark,
             )
         )
-    return table("Candidates and the PyTorch reference", CANDIDATE_HEADS, rows, numeric=range(1, 9))
+    heads = (CANDIDATE_HEADS[0], capitalized(shorten(facts.metric, 40)), *CANDIDATE_HEADS[1:])
+    return table("Candidates and the PyTorch reference", heads, rows, numeric=range(1, 9))
 
 
 def row(name: str, below: str, values: Sequence[object], last: Html, mark: str = "") -> Html:
@@ -335,7 +339,7 @@ PARITY = (
 
 
 def parity_section(facts: Facts) -> Html:
-    """How far each candidate's logits are from PyTorch's."""
+    """How far each candidate's outputs are from PyTorch's."""
     if not facts.candidates:
         return Html("")
     figures = [figure for item in facts.candidates[:MAX_HISTOGRAMS] if (figure := error_histogram(item))]
@@ -350,7 +354,7 @@ def parity_section(facts: Facts) -> Html:
         [
             element(
                 "p",
-                "Absolute difference of every logit to the merged, unpatched PyTorch model in FP32, on the same data.",
+                "Absolute difference of every output to the merged, unpatched PyTorch model in FP32, on the same data.",
                 class_="hint",
             ),
             element("div", *figures, class_="trio") if figures else Html(""),
@@ -372,7 +376,7 @@ def error_histogram(item: Candidate) -> Html:
     if not counts or len(edges) != len(counts) + 1:
         return Html("")
     ends = f"between {format_number(edges[0])} and {format_number(edges[-1])}"
-    text = f"Absolute logit error of {item.name}: {sum(counts):,.0f} values {ends}"
+    text = f"Absolute output error of {item.name}: {sum(counts):,.0f} values {ends}"
     return element(
         "figure", element("h3", item.name), svg.histogram(edges, counts, text, lambda edge: format_number(edge, 2))
     )

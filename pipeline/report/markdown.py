@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.report.facts import Facts, number
 from pipeline.report.formats import (
     MISSING,
+    capitalized,
     format_bytes,
     format_duration,
     format_interval,
@@ -77,7 +78,7 @@ def candidates(facts: Facts) -> str:
     parts = []
     if facts.candidates:
         reference = facts.reference
-        values = [number(reference.get(key)) for key in ("accuracy", "latency_ms_p50", "latency_ms_p95", "size_bytes")]
+        values = [number(reference.get(key)) for key in ("metric", "latency_ms_p50", "latency_ms_p95", "size_bytes")]
         rows = [
             [
                 "PyTorch (reference)",
@@ -99,7 +100,7 @@ def candidates(facts: Facts) -> str:
             rows.append(
                 [
                     f"**{name}**" if item.chosen else name,
-                    format_percent(item.accuracy),
+                    format_percent(item.metric),
                     difference,
                     format_percent(item.agreement),
                     format_ms(item.p50_ms),
@@ -109,7 +110,8 @@ def candidates(facts: Facts) -> str:
                     BADGES["pass" if item.passed else "fail"],
                 ]
             )
-        heads = ("Candidate", "Accuracy", "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size", "Gates")
+        metric = markdown_text(capitalized(facts.metric), 40)
+        heads = ("Candidate", metric, "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size", "Gates")
         parts.append("### Candidates\n\n" + table(heads, rows, range(1, 8)))
     parts += [
         f"Left out by {stage}: **{markdown_text(name, 60)}**: {markdown_text(reason, 300)}"
@@ -156,12 +158,12 @@ def training(facts: Facts) -> str:
     if not measured:
         return ""
     named = (
-        ("validation accuracy", "validation_accuracy"),
-        ("frozen probe", "probe_validation_accuracy"),
-        ("majority class", "majority_baseline"),
+        (f"validation {measured.get('metric') or 'metric'}", "validation_metric"),
+        ("frozen probe", "probe_validation_metric"),
+        (str(measured.get("constant") or "constant answer"), "constant_baseline"),
     )
     numbers = [
-        f"{name} {format_percent(number(measured.get(key)))}"
+        f"{markdown_text(name, 40)} {format_percent(number(measured.get(key)))}"
         for name, key in named
         if number(measured.get(key)) is not None
     ]

@@ -71,12 +71,12 @@ def stage_table(facts: Facts) -> Table:
 def candidate_table(facts: Facts) -> Table:
     """The candidates against the reference."""
     reference = facts.reference
-    values = {key: number(reference.get(key)) for key in ("accuracy", "latency_ms_p50", "size_bytes")}
+    values = {key: number(reference.get(key)) for key in ("metric", "latency_ms_p50", "size_bytes")}
     rows = [
         (
             [
                 "PyTorch",
-                format_percent(values["accuracy"]),
+                format_percent(values["metric"]),
                 MISSING,
                 format_ms(values["latency_ms_p50"]),
                 "1×",
@@ -90,7 +90,7 @@ def candidate_table(facts: Facts) -> Table:
         verdict = ("pass" if item.passed else "fail") + (", chosen" if item.chosen else "")
         cells = [
             item.name,
-            format_percent(item.accuracy),
+            format_percent(item.metric),
             format_points(item.difference),
             format_ms(item.p50_ms),
             format_ratio(item.speedup),
@@ -99,7 +99,7 @@ def candidate_table(facts: Facts) -> Table:
         ]
         rows.append((cells, "bold" if item.chosen else "red" if not item.passed else ""))
     return plain_table(
-        ("candidate", "accuracy", "difference", "p50", "speed", "size", "gates"), rows, numeric=range(1, 6)
+        ("candidate", facts.metric, "difference", "p50", "speed", "size", "gates"), rows, numeric=range(1, 6)
     )
 
 

@@ -16,12 +16,12 @@ MAX_LAYERS = 80
 
 
 def training_section(facts: Facts) -> Html:
-    """Loss and accuracy over the epochs, the way of `auto`, learning curves, layers."""
+    """Loss and metric over the epochs, the way of `auto`, learning curves, layers."""
     measured = facts.measured("finetune")
     if not measured:
         return Html("")
     history = records(measured.get("history"))
-    epochs = [plot for plot in (loss_plot(history, measured), accuracy_plot(history, measured)) if plot]
+    epochs = [plot for plot in (loss_plot(history, measured), metric_plot(history, measured)) if plot]
     curves = [plot for plot in (raw_plot(measured), scratch_plot(measured), rate_plot(measured)) if plot]
     return join(
         [
@@ -41,13 +41,18 @@ def summary(measured: dict[str, Any]) -> str:
     parts = [f"Strategy {strategy}" if strategy else "Training"]
     if trained and total:
         parts.append(f"{trained:,.0f} of {total:,.0f} parameters trained ({trained / total:.1%})")
-    if (accuracy := number(measured.get("validation_accuracy"))) is not None:
-        majority = number(measured.get("majority_baseline"))
-        against = f" (always the largest class: {format_percent(majority)})" if majority is not None else ""
-        parts.append(f"validation accuracy {format_percent(accuracy)}{against}")
+    if (metric := number(measured.get("validation_metric"))) is not None:
+        constant = number(measured.get("constant_baseline"))
+        against = f" ({measured.get('constant')}: {format_percent(constant)})" if constant is not None else ""
+        parts.append(f"validation {metric_of(measured)} {format_percent(metric)}{against}")
     if gain := gain_text(measured.get("gain_over_probe")):
         parts.append(f"{gain} against the linear probe")
     return "; ".join(parts) + "."
+
+
+def metric_of(measured: dict[str, Any]) -> str:
+    """What the metric is called."""
+    return shorten(measured.get("metric") or "metric", 40)
 
 
 def gain_text(value: object) -> str:
@@ -83,18 +88,20 @@ def loss_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Ht
     return element("figure", element("h3", "Loss"), chart)
 
 
-def accuracy_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
-    """Validation accuracy and the frozen probe; the majority class is far below, and stands in the text."""
-    series = [series_of(history, "validation_accuracy", "validation", "first", "epoch")]
+def metric_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
+    """Validation metric and the frozen probe; the best constant answer is far below, and stands in the text."""
+    series = [series_of(history, "validation_metric", "validation", "first", "epoch")]
     if not series[0].points:
         return Html("")
-    probe = number(measured.get("probe_validation_accuracy"))
+    probe = number(measured.get("probe_validation_metric"))
     rules = [("frozen probe", probe)] if probe is not None else []
-    text = f"Validation accuracy by epoch: from {series[0].points[0][1]:.1%} to {series[0].points[-1][1]:.1%}"
+    text = (
+        f"Validation {metric_of(measured)} by epoch: from {series[0].points[0][1]:.1%} to {series[0].points[-1][1]:.1%}"
+    )
     chart = svg.line_chart(
         series, text, lambda value: f"{100 * value:.1f}%", "epoch", rules, number(measured.get("best_epoch"))
     )
-    return element("figure", element("h3", "Validation accuracy"), chart)
+    return element("figure", element("h3", f"Validation {metric_of(measured)}"), chart)
 
 
 def ladder_table(measured: dict[str, Any]) -> Html:
@@ -106,7 +113,7 @@ def ladder_table(measured: dict[str, Any]) -> Html:
         element(
             "tr",
             element("td", shorten(rung.get("strategy"), 40)),
-            element("td", format_percent(number(rung.get("validation_accuracy"))), class_="number"),
+            element("td", format_percent(number(rung.get("validation_metric"))), class_="number"),
             element("td", gain_text(rung.get("gain")) or MISSING, class_="number"),
             element("td", format_duration(number(rung.get("seconds"))), class_="number"),
             element("td", chip("✓ kept", "pass") if rung.get("kept") is True else chip("left", "plain")),
@@ -119,7 +126,7 @@ def ladder_table(measured: dict[str, Any]) -> Html:
 
 
 def curve_figure(title: str, series: Sequence[svg.Series], hint: str) -> Html:
-    """Accuracies over the number of training examples."""
+    """Metrics over the number of training examples."""
     text = f"{title} " + "; ".join(
         f"{item.name} from {item.points[0][1]:.1%} to {item.points[-1][1]:.1%}" for item in series if item.points
     )

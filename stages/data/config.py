@@ -22,7 +22,14 @@ class DataConfig(StageConfig):
         default="audio", description="Column with the paths of recordings (relative to the file) or recordings."
     )
     text_column: str = Field(default="text", description="Column with texts.")
-    label_column: str = Field(default="label", description="Column with labels.")
+    text_pair_column: str | None = Field(
+        default=None, description="Column with the second text of each example, where the network compares two."
+    )
+    label_column: str = Field(
+        default="label",
+        description='Column with labels; of a multilabel task lists, or texts with ";" between the labels; of a '
+        "regression numbers.",
+    )
     split_column: str | None = Field(default=None, description="Column that names each row's split, if there is one.")
     validation_fraction: float = Field(
         default=0.15, gt=0, lt=1, description="Share of the examples for validation where the source has no such split."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.errors import DataError
 from models.spec import TaskName
-from models.tasks import MODALITY_OF_TASK
+from models.tasks import MODALITY_OF_TASK, Task, classes_of, task_of
 from stages.data.config import DataConfig
 from stages.data.content_digests import ContentDigests
 from stages.data.sources import read_source
@@ -40,16 +40,17 @@ def load_data(config: DataConfig, task: TaskName) -> DataSplits:
             content is in two splits. The message names what and where.
         MissingCapabilityError: a hub data set cannot be had here.
     """
-    source = read_source(config, MODALITY_OF_TASK[task])
-    checked, notes = drop_unreadable(source.rows, config, MODALITY_OF_TASK[task])
+    kind, modality = task_of(task), MODALITY_OF_TASK[task]
+    source = read_source(config, modality, kind)
+    checked, notes = drop_unreadable(source.rows, config, modality)
     checked, more = drop_contradictions(checked, config)
-    labels = tuple(sorted({one.row.label for one in checked}))
-    check_classes(labels, checked, config)
+    labels = kind.labels(one.row.label for one in checked)
     indices = {label: index for index, label in enumerate(labels)}
     placed = [
-        Placed(Example(one.row.content, indices[one.row.label], one.digest, one.row.origin), one.row.split)
+        Placed(Example(one.row.content, kind.target(one.row.label, indices), one.digest, one.row.origin), one.row.split)
         for one in checked
     ]
+    check_labels(labels, [one.example for one in placed], kind, config)
     if any(one.split for one in placed):
         splits, split_notes = given_splits(placed, labels, config)
     else:
@@ -101,11 +102,11 @@ def digest_of_row(row: Row, digests: ContentDigests | None) -> str:
         DataError: it cannot be read; the message names the row.
     """
     if digests is None:
-        text = str(row.content)
-        problem = unicode_problem(text) or ("" if text.strip() else "the text is empty")
-        if problem:
-            raise DataError(f"{row.origin}: {problem}")
-        return digest_of_text(text)
+        texts = row.content if isinstance(row.content, tuple) else (str(row.content),)
+        for text in texts:
+            if problem := unicode_problem(text) or ("" if text.strip() else "the text is empty"):
+                raise DataError(f"{row.origin}: {problem}")
+        return digest_of_text(texts[0] if len(texts) == 1 else (texts[0], texts[1]))
     try:
         return digests.digest(row.content)
     except OSError as error:
@@ -133,13 +134,21 @@ def drop_contradictions(checked: Sequence[Checked], config: DataConfig) -> tuple
     return [one for one in checked if one.digest not in torn], [f"skipped: the same content, {one}" for one in found]
 
 
-def check_classes(labels: tuple[str, ...], checked: Sequence[Checked], config: DataConfig) -> None:
-    """At least two classes, each with enough different examples. Raises `DataError`."""
-    if len(labels) < 2:
-        found = f"one class only ({labels[0]!r})" if labels else "no examples left"
-        raise DataError(f"{config.source} has {found}; classification needs two classes or more")
-    counts = Counter(label for label, _ in {(one.row.label, one.digest) for one in checked})
-    small = [f"{label!r} has {counts[label]}" for label in labels if counts[label] < SMALLEST_CLASS]
+def check_labels(labels: tuple[str, ...], examples: Sequence[Example], task: Task, config: DataConfig) -> None:
+    """Enough labels, each with enough different examples. Raises `DataError`."""
+    if not examples:
+        raise DataError(f"{config.source} has no examples left")
+    if len(labels) < task.fewest_labels:
+        found = f"one class only ({labels[0]!r})" if labels else "no labels"
+        raise DataError(f"{config.source} has {found}; expected {task.fewest_labels} or more")
+    if len({one.label for one in examples}) < 2:
+        what = task.describe(examples[0].label, labels)
+        raise DataError(f"{config.source}: every example has the same label ({what}); there is nothing to learn")
+    by_content = {one.digest: one.label for one in examples}
+    counts = Counter(label for target in by_content.values() for label in classes_of(target))
+    small = [
+        f"{label!r} has {counts[index]}" for index, label in enumerate(labels) if 0 < counts[index] < SMALLEST_CLASS
+    ]
     if small:
         raise DataError(
             f"too few examples: {shortened(small, 10)}. Each class needs {SMALLEST_CLASS} different ones at least, "
@@ -152,7 +161,7 @@ def limited(splits: Splits, labels: tuple[str, ...], config: DataConfig) -> Spli
     cut: Splits = {}
     for name in SPLITS:
         maximum: int | None = getattr(config, f"max_{name}_samples")
-        if name == "train" and maximum is not None and maximum < len(labels):
+        if name == "train" and maximum is not None and maximum < len(labels) and classes_of(splits[name][0].label):
             raise DataError(f"data.max_train_samples is {maximum}, fewer than the {len(labels)} classes; raise it")
         cut[name] = limit(splits[name], maximum, config.seed)
         if not cut[name]:

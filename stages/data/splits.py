@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from models.tasks import Target
+
 if TYPE_CHECKING:
     from models.modalities import Content
 
@@ -17,13 +19,14 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "calibration", "test")
 
 @dataclass(frozen=True)
 class Example:
-    """One example. `label` indexes `DataSplits.labels`, `origin` names it for a person.
+    """One example. `label` is its target (the index of its label in `DataSplits.labels`, those of its labels, or a
+    number), `origin` names it for a person.
 
     `digest` is the SHA-256 of a text, or of an image's decoded pixels or a recording's decoded samples.
     """
 
     content: Content
-    label: int
+    label: Target
     digest: str
     origin: str
 
@@ -41,9 +44,9 @@ class DataSplits:
         return self.splits[name]
 
 
-def digest_of_text(text: str) -> str:
-    """SHA-256 of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def digest_of_text(text: str | tuple[str, str]) -> str:
+    """SHA-256 of a text in UTF-8; of two texts with a character between them that no text holds."""
+    return hashlib.sha256((text if isinstance(text, str) else "\0".join(text)).encode()).hexdigest()
 
 
 def fingerprint_of(labels: tuple[str, ...], examples: tuple[Example, ...]) -> str:

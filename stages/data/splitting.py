@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from models.errors import DataError
+from models.tasks import classes_of
 from stages.data.config import DataConfig
 from stages.data.sources.base import shortened
 from stages.data.splits import SPLITS, Example, SplitName
@@ -82,14 +83,28 @@ def take(examples: Sequence[Example], share: float, seed: int, purpose: str) -> 
     moves few others; copies of a content stay together.
     """
     by_class: dict[int, dict[str, None]] = defaultdict(dict)
-    for example in examples:
-        by_class[example.label][example.digest] = None
+    for example, stratum in zip(examples, strata_of(examples), strict=True):
+        by_class[stratum][example.digest] = None
     chosen: set[str] = set()
     for digests in by_class.values():
         count = min(max(1, round(len(digests) * share)), len(digests) - 1)
         chosen.update(sorted(digests, key=lambda digest: rank_of(digest, seed, purpose))[:count])
     taken = [example for example in examples if example.digest in chosen]
     return taken, [example for example in examples if example.digest not in chosen]
+
+
+NO_LABEL = -1
+"""The stratum of the examples that have no label, or a number."""
+
+
+def strata_of(examples: Sequence[Example]) -> list[int]:
+    """What each example counts for when shares are taken: its label, or the rarest of its labels, which has the most
+    to lose."""
+    counts = Counter(label for example in examples for label in classes_of(example.label))
+    return [
+        min(classes_of(example.label), key=lambda label: (counts[label], label), default=NO_LABEL)
+        for example in examples
+    ]
 
 
 def rank_of(digest: str, seed: int, purpose: str) -> bytes:
@@ -111,8 +126,8 @@ def limit(examples: Sequence[Example], maximum: int | None, seed: int) -> list[E
     if maximum is None or len(examples) <= maximum:
         return list(examples)
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index, example in enumerate(examples):
-        by_class[example.label].append(index)
+    for index, stratum in enumerate(strata_of(examples)):
+        by_class[stratum].append(index)
     order: list[tuple[float, int]] = []
     for indices in by_class.values():
         ranked = sorted(indices, key=lambda index: rank_of(examples[index].digest, seed, "limit"))
@@ -147,12 +162,13 @@ def remove_leaks(splits: Splits, config: DataConfig) -> list[str]:
 
 def check_labels_in_train(splits: Splits, labels: tuple[str, ...]) -> None:
     """Raises `DataError` for labels that are in another split and not in train."""
-    known = {example.label for example in splits["train"]}
+    known = {label for example in splits["train"] for label in classes_of(example.label)}
     strange = {
-        example.label: f"{labels[example.label]!r} in {name} ({example.origin})"
+        label: f"{labels[label]!r} in {name} ({example.origin})"
         for name in SPLITS
         for example in splits[name]
-        if example.label not in known
+        for label in classes_of(example.label)
+        if label not in known
     }
     if strange:
         raise DataError(

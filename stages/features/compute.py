@@ -71,10 +71,10 @@ def compute_features(
     model = model.to(device).eval()
     parts = []
     with progress.task(description, len(examples)) as advance, torch.inference_mode():
-        for arrays, labels in batches(processing, examples, BATCH):
+        for arrays, count in batches(processing, examples, BATCH):
             inputs = [torch.from_numpy(arrays[spec.name]).to(device) for spec in processing.inputs]
             parts.append(model.features(*inputs).float().cpu().numpy())
-            advance(len(labels))
+            advance(count)
     features = np.concatenate(parts)
     if not np.isfinite(features).all():
         raise TrainingError("the frozen backbone gives NaN or infinite features; its weights or the inputs are broken")

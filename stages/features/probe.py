@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models.classifier import Classifier
+    from models.tasks import Task
 
 REGULARIZATIONS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Inverse strengths C tried for the probe, on standardised features."""
@@ -27,88 +27,74 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 @dataclass(frozen=True)
 class Probe:
-    """`weight`: float32 (classes, features); `bias`: float32 (classes,). Works on raw features.
+    """`weight`: float32 (outputs, features); `bias`: float32 (outputs,). Works on raw features.
 
-    `cv_accuracy` is that of the chosen C over the folds (None where there were none), `table` has all
+    `cv_metric` is that of the chosen C over the folds (None where there were none), `table` has all
     that were tried.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     regularization: float
-    cv_accuracy: float | None
+    cv_metric: float | None
     table: list[dict[str, float]]
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int, regularization: float | None = None) -> Probe:
-    """Multinomial logistic regression, scaler folded into the weights; C is `regularization`, or chosen by
-    cross-validation.
+def fit_probe(
+    features: np.ndarray, targets: np.ndarray, outputs: int, task: Task, regularization: float | None = None
+) -> Probe:
+    """The task's linear model, scaler folded into the weights; C is `regularization`, or chosen by cross-validation.
 
-    `features`: float32 (examples, features); `labels`: int64 (examples,), two classes among them at least.
+    `features`: float32 (examples, features); `targets`: as `task.targets` makes them, of two classes at least.
 
-    C is chosen by log loss: by accuracy it picks overconfident heads, which leave training no gradient. The
-    validation split has no part in it, so what the probe reaches there is as honest as what training reaches.
+    C is chosen by loss: by accuracy it picks overconfident heads, which leave training no gradient. The validation
+    split has no part in it, so what the probe reaches there is as honest as what training reaches.
 
-    With x' = (x − μ)/σ and logits W x' + b, the same logits on raw x are (W/σ) x + (b − W μ/σ).
+    With x' = (x − μ)/σ and outputs W x' + b, the same outputs on raw x are (W/σ) x + (b − W μ/σ).
     """
     import numpy as np
 
     mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     deviation = np.where(deviation < 1e-6, 1.0, deviation)
     standardised = (features - mean) / deviation  # float64: lbfgs needs many more steps in float32 (measured: 4×)
-    table = [] if regularization else cross_validate(standardised, labels, classes)
+    table = [] if regularization else cross_validate(standardised, targets, outputs, task)
     best = min(table, key=lambda entry: entry["loss"], default={"regularization": regularization or 0.1})
-    weight, bias = fit_head(standardised, labels, classes, best["regularization"], TOLERANCE)
+    weight, bias = fit_head(standardised, targets, outputs, task, best["regularization"], TOLERANCE)
     scaled = weight / deviation
     folded = scaled.astype(np.float32), (bias - scaled @ mean).astype(np.float32)
-    return Probe(*folded, best["regularization"], best.get("accuracy"), table)
+    return Probe(*folded, best["regularization"], best.get("metric"), table)
 
 
 def fit_head(
-    features: np.ndarray, labels: np.ndarray, classes: int, c: float, tolerance: float
+    features: np.ndarray, targets: np.ndarray, outputs: int, task: Task, c: float, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (classes, features) and (classes,). A class that is not in `labels` is never predicted."""
+    """float64 (outputs, features) and (outputs,)."""
     import warnings
 
-    import numpy as np
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    regression = LogisticRegression(C=c, max_iter=300, tol=tolerance)
     # The steps are so small that BLAS's threads mostly wait for each other: with two of them on two busy cores a fit
     # of 120 × 1280 features took 20 to 60 times as long as with one.
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        regression.fit(features, labels)
-    weight, bias = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2:  # scikit-learn has one row then, the logit of the second class
-        weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
-    all_weight, all_bias = np.zeros((classes, features.shape[1])), np.full(classes, -1e4)
-    all_weight[regression.classes_], all_bias[regression.classes_] = weight, bias
-    return all_weight, all_bias
+        return task.fit_head(features, targets, outputs, c, tolerance)
 
 
-def cross_validate(features: np.ndarray, labels: np.ndarray, classes: int) -> list[dict[str, float]]:
-    """Accuracy and log loss (nats) of each C over stratified folds, on at most `CV_EXAMPLES` examples.
-
-    In a fold whose training part lacks a class (it has one example) examples of that class are not scored.
-    """
+def cross_validate(features: np.ndarray, targets: np.ndarray, outputs: int, task: Task) -> list[dict[str, float]]:
+    """Metric and loss of each C over folds, on at most `CV_EXAMPLES` examples."""
     import numpy as np
 
     results: dict[float, list[tuple[float, float, int]]] = {value: [] for value in REGULARIZATIONS}
-    for train, held_out in folds_of(labels):
-        scored = held_out[np.isin(labels[held_out], labels[train])]
-        if len(np.unique(labels[train])) < 2 or not len(scored):
-            continue
+    for train, held_out in task.folds(targets[:CV_EXAMPLES], FOLDS):
         for value in REGULARIZATIONS:
-            head = fit_head(features[train], labels[train], classes, value, CV_TOLERANCE)
-            correct, loss = score_head(*head, features[scored], labels[scored])
-            results[value].append((float(correct.mean()), loss, len(scored)))
+            head = fit_head(features[train], targets[train], outputs, task, value, CV_TOLERANCE)
+            scores, loss = score_head(*head, features[held_out], targets[held_out], task)
+            results[value].append((float(scores.mean()), loss, len(held_out)))
     return [
         {
             "regularization": value,
-            "accuracy": float(np.average([one[0] for one in found], weights=[one[2] for one in found])),
+            "metric": float(np.average([one[0] for one in found], weights=[one[2] for one in found])),
             "loss": float(np.average([one[1] for one in found], weights=[one[2] for one in found])),
         }
         for value, found in results.items()
@@ -116,50 +102,34 @@ def cross_validate(features: np.ndarray, labels: np.ndarray, classes: int) -> li
     ]
 
 
-def folds_of(labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(training, held-out) indices of stratified folds. The data is shuffled already."""
-    import warnings
-
-    import numpy as np
-    from sklearn.model_selection import StratifiedKFold
-
-    some = np.arange(min(len(labels), CV_EXAMPLES))
-    largest = int(np.bincount(labels[some]).max())
-    if largest < 2:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class with fewer examples than folds
-        yield from StratifiedKFold(min(FOLDS, largest)).split(some, labels[some])
-
-
-def predict_by_neighbours(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """int64 (others,): the weighted vote of the nearest `features` (float32, examples × features) for each of `others`.
+def outputs_of_neighbours(
+    features: np.ndarray, targets: np.ndarray, others: np.ndarray, outputs: int, task: Task
+) -> np.ndarray:
+    """float32 (others, outputs): the weighted vote of the nearest `features` (float32, examples × features) for each
+    of `others`.
 
     A neighbour of cosine similarity s votes with exp(s / `TEMPERATURE`).
     """
     import numpy as np
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neighbors import NearestNeighbors
 
-    def votes(distances: np.ndarray) -> np.ndarray:
-        weights: np.ndarray = np.exp((1 - distances) / TEMPERATURE)
-        return weights
-
-    voters = KNeighborsClassifier(min(NEIGHBOURS, len(features)), weights=votes, metric="cosine")
-    predicted: np.ndarray = voters.fit(features, labels).predict(others)
-    return predicted
+    search = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(features)), metric="cosine").fit(features)
+    distances, indices = search.kneighbors(others)
+    # Less the nearest distance: the weights of an example have a common factor, which must not vanish.
+    weights = np.exp((distances.min(axis=1, keepdims=True) - distances).astype(np.float64) / TEMPERATURE)
+    return task.vote(weights, targets[indices], outputs)
 
 
 def score_head(
-    weight: np.ndarray, bias: np.ndarray, features: np.ndarray, labels: np.ndarray
+    weight: np.ndarray, bias: np.ndarray, features: np.ndarray, targets: np.ndarray, task: Task
 ) -> tuple[np.ndarray, float]:
-    """bool (examples,), which of them a linear head has right; and its mean cross-entropy (nats)."""
+    """float64 (examples,), the scores of a linear head; and its mean loss."""
     import numpy as np
-    from scipy.special import log_softmax
+    import torch
 
-    logits = features @ weight.T + bias
-    chosen = log_softmax(logits, axis=1)[range(len(labels)), labels]
-    correct: np.ndarray = np.equal(logits.argmax(1), labels)
-    return correct, float(-chosen.mean())
+    outputs = np.asarray(features @ weight.T + bias, np.float32)
+    loss = float(task.loss(torch.from_numpy(outputs), torch.from_numpy(targets)))
+    return task.scores(outputs, targets), loss
 
 
 def put_into_head(model: Classifier, probe: Probe) -> None:

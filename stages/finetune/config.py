@@ -71,7 +71,7 @@ class AutoConfig(StageConfig):
     min_gain: float = Field(
         default=0.005,
         ge=0,
-        description="Validation accuracy that a step must add to be worth its cost (accuracy).",
+        description="What a step must add to the validation metric to be worth its cost (0.01 = 1 point).",
     )
     confidence: float = Field(
         default=0.9,
@@ -113,9 +113,7 @@ class FinetuneConfig(StageConfig):
     )
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay, not on norms and biases.")
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
-    patience: int = Field(
-        default=3, ge=1, description="Stop after so many epochs without a better validation accuracy."
-    )
+    patience: int = Field(default=3, ge=1, description="Stop after so many epochs without a better validation metric.")
     initial_head: Literal["probe", "random"] | None = Field(
         default=None,
         description="Where the head starts: a linear probe on the frozen features, or random weights. "
@@ -179,11 +177,11 @@ class FinetuneConfig(StageConfig):
     min_gain_over_majority: float = Field(
         default=0.01,
         ge=0,
-        description="Gate: validation accuracy above the majority class by this much, or half of the way to 1 where "
-        "that is less (accuracy).",
+        description="Gate: validation metric above the best constant answer (the majority class) by this much, or half "
+        "of the way to 1 where that is less (0.01 = 1 point).",
     )
     max_drop_from_probe: float = Field(
-        default=0.01, ge=0, description="Gate: training may end this much below the linear probe (accuracy)."
+        default=0.01, ge=0, description="Gate: training may end this much below the linear probe (0.01 = 1 point)."
     )
 
     @field_validator("from_run")

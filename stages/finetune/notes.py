@@ -25,7 +25,7 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
     if (found := measured["learning_rate_test"]) and found["warning"]:
         yield found["warning"]
     if measured["wise_ft"]:
-        best = max(measured["wise_ft"], key=lambda row: (row["validation_accuracy"], row["alpha"]))
+        best = max(measured["wise_ft"], key=lambda row: (row["validation_metric"], row["alpha"]))
         yield f"WiSE-FT keeps {best['alpha']:g} of the change"
     if measured["truncated"]:
         yield (
@@ -35,11 +35,12 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
 
 
 def result_of(measured: dict[str, Any]) -> str:
-    """The strategy and its accuracy beside the baselines."""
+    """The strategy and its metric beside the baselines."""
     share = measured["trainable_parameters"] / measured["total_parameters"]
-    line = f"{measured['strategy']}: validation accuracy {measured['validation_accuracy']:.4f}"
-    if measured["probe_validation_accuracy"] is not None:
-        line += f" (probe {measured['probe_validation_accuracy']:.4f}, majority {measured['majority_baseline']:.4f})"
+    line = f"{measured['strategy']}: validation {measured['metric']} {measured['validation_metric']:.4f}"
+    if measured["probe_validation_metric"] is not None:
+        line += f" (probe {measured['probe_validation_metric']:.4f}"
+        line += f", {measured['constant']} {measured['constant_baseline']:.4f})"
     return f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"
 
 
@@ -59,6 +60,6 @@ def comparisons_of(measured: dict[str, Any]) -> Iterator[str]:
                 yield f"through {direct['run']} {there} ({Gain(**gain)})"
 
 
-def shown(accuracy: float | None) -> str:
-    """An accuracy, or what there is instead."""
-    return "nothing (it diverged)" if accuracy is None else f"{accuracy:.4f}"
+def shown(metric: float | None) -> str:
+    """A metric, or what there is instead."""
+    return "nothing (it diverged)" if metric is None else f"{metric:.4f}"

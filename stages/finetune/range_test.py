@@ -36,7 +36,7 @@ MARGIN = 10.0
 
 @dataclass(frozen=True)
 class RangeTest:
-    """`curve`: [factor, smoothed loss (nats)] of each step. `lowest` is the factor at the lowest loss; None where the
+    """`curve`: [factor, smoothed loss] of each step. `lowest` is the factor at the lowest loss; None where the
     loss never rose, so that no rate that was tried is too high."""
 
     curve: list[tuple[float, float]]
@@ -78,12 +78,12 @@ def find_rates(network: torch.nn.Module, rates: Rates, setup: Setup, hold: bool)
         base = [group["lr"] for group in optimizer.param_groups]
         smoothed = 0.0
         with setup.context.progress.task("learning rate test", STEPS) as advance:
-            for step, (inputs, labels) in enumerate(training_batches(setup)):
+            for step, (inputs, targets) in enumerate(training_batches(setup)):
                 factor = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * factor
                 logits = trial(*(one.to(device) for one in inputs))
-                loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(device))
+                loss = setup.task.loss(logits.float(), targets.to(device))
                 smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * loss.item()
                 value = smoothed / (1 - SMOOTHING ** (step + 1))  # without the bias of the start at 0
                 curve.append((factor, value))
@@ -105,15 +105,16 @@ def has_risen(curve: Sequence[tuple[float, float]]) -> bool:
 
 
 def training_batches(setup: Setup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-    """Inputs and labels of `STEPS` batches, the training split again and again."""
+    """Inputs and targets of `STEPS` batches, the training split again and again."""
     import torch
 
     examples, size = setup.context.data["train"], setup.config.batch_size
     full = [examples[start : start + size] for start in range(0, len(examples), size)]
     full = [part for part in full if len(part) == size] or full
     for part in islice(cycle(full), STEPS):
-        for arrays, labels in batches(setup.processing, part, size):
-            yield [torch.from_numpy(arrays[spec.name]) for spec in setup.processing.inputs], torch.from_numpy(labels)
+        targets = torch.from_numpy(setup.task.targets([one.label for one in part], len(setup.spec.labels)))
+        for arrays, _ in batches(setup.processing, part, size):
+            yield [torch.from_numpy(arrays[spec.name]) for spec in setup.processing.inputs], targets
 
 
 @contextmanager

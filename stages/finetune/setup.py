@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from models.errors import ModelError
+from models.tasks import task_of
 from stages.artifact import verify_files
 from stages.data.splits import SplitName
 from stages.environment import usable_cores
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from models.layers import Layer
     from models.modalities import Processing
     from models.spec import ModelSpec
+    from models.tasks import Task
     from stages.base import StageContext
     from stages.features.probe import Probe
 
@@ -38,16 +40,16 @@ CONVOLUTIONAL = 0.5
 class FrozenResult:
     """What the frozen backbone gives: the linear probe, and what it and k nearest neighbours reach on validation.
 
-    `features`: float32 (examples, features) and `labels`: int64 (examples,), by split. `correct`: bool (validation
-    examples,), those that the probe has right.
+    `features`: float32 (examples, features) and `targets` (as the task makes them), by split. `scores`: float64
+    (validation examples,), how good the probe's answers are.
     """
 
     features: dict[SplitName, np.ndarray]
-    labels: dict[SplitName, np.ndarray]
+    targets: dict[SplitName, np.ndarray]
     probe: Probe
-    correct: np.ndarray
+    scores: np.ndarray
     loss: float
-    knn_accuracy: float
+    knn_metric: float
     seconds: float
 
 
@@ -64,6 +66,15 @@ class Setup:
     context: StageContext
     config: FinetuneConfig
     frozen: FrozenResult | None = None
+
+    @property
+    def task(self) -> Task:
+        """What is asked of the network."""
+        return task_of(self.context.task)
+
+    def targets(self, name: SplitName) -> np.ndarray:
+        """What every example of a split should give, as the task's array."""
+        return self.task.targets([one.label for one in self.context.data[name]], len(self.spec.labels))
 
     def start(self, strategy: Strategy) -> Classifier:
         """A network to train: the pretrained weights, with the head that the strategy starts from. Always the same."""
@@ -149,8 +160,9 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     from models.registry import load_backbone
 
     backbone = context.backbone
+    pairs = isinstance(context.data["train"][0].content, tuple)
     loaded = load_backbone(
-        backbone, context.task, config.image_size, config.max_length, not config.from_scratch, config.max_seconds
+        backbone, context.task, config.image_size, config.max_length, not config.from_scratch, config.max_seconds, pairs
     )
     model = new_classifier(loaded, len(context.data.labels))
     spec = make_spec(context.task, backbone, loaded, context.data.labels)
@@ -187,33 +199,29 @@ def weights_of(context: StageContext, config: FinetuneConfig) -> list[str]:
 
 def with_frozen_result(setup: Setup) -> Setup:
     """The same setup with the probe on the frozen features."""
-    import numpy as np
-
     from stages.features.compute import compute_features, features_key
-    from stages.features.probe import NEIGHBOURS, fit_probe, predict_by_neighbours, score_head
+    from stages.features.probe import NEIGHBOURS, fit_probe, outputs_of_neighbours, score_head
 
-    context = setup.context
+    context, task, outputs = setup.context, setup.task, len(setup.spec.labels)
     key = features_key(weights_of(context, setup.config), setup.spec, setup.processing, context.device)
     started = time.monotonic()
     features: dict[SplitName, np.ndarray] = {}
-    labels: dict[SplitName, np.ndarray] = {}
     for name in NAMES:
-        examples = context.data[name]
         features[name] = compute_features(
-            setup.model, setup.processing, examples, key, context.device, context.progress, f"{name} features"
+            setup.model, setup.processing, context.data[name], key, context.device, context.progress, f"{name} features"
         )
-        labels[name] = np.array([one.label for one in examples])
     setup.model.to("cpu")
-    classes = len(context.data.labels)
-    probe = fit_probe(features["train"], labels["train"], classes)
-    correct, loss = score_head(probe.weight, probe.bias, features["validation"], labels["validation"])
-    voted = predict_by_neighbours(features["train"], labels["train"], features["validation"])
-    knn = float((voted == labels["validation"]).mean())
+    targets = {name: setup.targets(name) for name in NAMES}
+    probe = fit_probe(features["train"], targets["train"], outputs, task)
+    scores, loss = score_head(probe.weight, probe.bias, features["validation"], targets["validation"], task)
+    voted = outputs_of_neighbours(features["train"], targets["train"], features["validation"], outputs, task)
+    knn = float(task.scores(voted, targets["validation"]).mean())
     context.log.info(
-        "%-10s linear probe: validation accuracy %.4f (%d nearest neighbours %.4f)", "", correct.mean(), NEIGHBOURS, knn
-    )
+        "%-10s linear probe: validation %s %.4f (%d nearest neighbours %.4f)", "", task.metric, scores.mean(),
+        NEIGHBOURS, knn,
+    )  # fmt: skip
     seconds = time.monotonic() - started
-    return replace(setup, frozen=FrozenResult(features, labels, probe, correct, loss, knn, seconds))
+    return replace(setup, frozen=FrozenResult(features, targets, probe, scores, loss, knn, seconds))
 
 
 def seed_everything(context: StageContext, config: FinetuneConfig) -> None:

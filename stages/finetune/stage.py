@@ -2,15 +2,14 @@
 
 Reads: the train and validation splits, the backbone's weights.
 Writes: `base/` and `adapter/` (lora), or `checkpoint/`; `history.json`.
-Gates: training stays finite; the validation accuracy beats the majority class; training does not fall below the
-linear probe.
+Gates: training stays finite; the validation metric beats the best constant answer (the majority class); training
+does not fall below the linear probe.
 Fails when: memory runs out, or an adapter is left untrained.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from stages.artifact import write_json
@@ -90,20 +89,21 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
     from stages.finetune.forgetting import measure_forgetting
     from stages.finetune.setup import count
 
-    data, frozen = setup.context.data, setup.frozen
-    validation = Counter(one.label for one in data["validation"])
-    majority = max(Counter(one.label for one in data["train"]).items(), key=lambda item: item[1])[0]
+    data, frozen, task = setup.context.data, setup.frozen, setup.task
+    targets = setup.targets("validation")
+    constant = task.best_constant(setup.targets("train"), len(setup.spec.labels))
     gain = None
-    if frozen is not None and attempt.correct is not None and attempt.strategy != "feature-extraction":
-        gain = dataclasses.asdict(gain_of(attempt.correct, frozen.correct, 0.95))
+    if frozen is not None and attempt.scores is not None and attempt.strategy != "feature-extraction":
+        gain = dataclasses.asdict(gain_of(attempt.scores, frozen.scores, 0.95))
     trained = [row["rate"] for row in attempt.rates[1:] if row["trained"]]
     return {
         "strategy": attempt.strategy,
-        "metric": "accuracy",
-        "validation_accuracy": attempt.accuracy,
-        "majority_baseline": validation[majority] / len(data["validation"]),
-        "probe_validation_accuracy": float(frozen.correct.mean()) if frozen else None,
-        "knn_validation_accuracy": frozen.knn_accuracy if frozen else None,
+        "metric": task.metric,
+        "validation_metric": attempt.metric,
+        "constant_baseline": float(task.scores(constant.repeat(len(targets), axis=0), targets).mean()),
+        "constant": task.constant,
+        "probe_validation_metric": float(frozen.scores.mean()) if frozen else None,
+        "knn_validation_metric": frozen.knn_metric if frozen else None,
         "probe_regularization": frozen.probe.regularization if frozen else None,
         "probe_regularizations": frozen.probe.table if frozen else [],
         "gain_over_probe": gain,
@@ -135,14 +135,14 @@ def range_test_of(attempt: Attempt) -> dict[str, Any] | None:
 
 def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult, ...]:
     """The stage's gates."""
-    accuracy, probe = measured["validation_accuracy"], measured["probe_validation_accuracy"]
-    majority, samples = measured["majority_baseline"], measured["samples"]["validation"]
+    found, probe = measured["validation_metric"], measured["probe_validation_metric"]
+    constant, samples, metric = measured["constant_baseline"], measured["samples"]["validation"], measured["metric"]
     trained = measured["strategy"] != "feature-extraction"
     # A rare class leaves little room: half of it must be enough, or a perfect network fails.
-    threshold = min(majority + config.min_gain_over_majority, (1 + majority) / 2)
+    threshold = min(constant + config.min_gain_over_majority, (1 + constant) / 2)
     gates = [
-        Gate("beats the majority class", "at least", threshold, "accuracy").check(
-            "network", accuracy, samples, f"the majority class alone gives {majority:.3f}"
+        Gate(f"beats the {measured['constant']}", "at least", threshold, metric).check(
+            "network", found, samples, f"the {measured['constant']} alone gives {constant:.3f}"
         )
     ]
     if trained:
@@ -152,8 +152,8 @@ def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult,
     if trained and probe is not None:
         floor = probe - config.max_drop_from_probe
         gates.append(
-            Gate("not below its linear probe", "at least", floor, "accuracy").check(
-                "network", accuracy, samples, f"the probe gives {probe:.3f}"
+            Gate("not below its linear probe", "at least", floor, metric).check(
+                "network", found, samples, f"the probe gives {probe:.3f}"
             )
         )
     return tuple(gates)

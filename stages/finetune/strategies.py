@@ -1,4 +1,4 @@
-"""The strategies: each takes the same start and gives an attempt, a network with what it has right on validation."""
+"""The strategies: each takes the same start and gives an attempt, a network and the scores of its answers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one strategy gave. `correct`: bool (validation examples,), None where training diverged.
+    """What one strategy gave. `scores`: float64 (validation examples,), None where training diverged.
 
     `network` is the adapted network on the CPU (with adapters: inside peft's wrapper). `rates` is the table of layers
-    (see `rate_table`), `history` has an entry an epoch, `seconds` is the time spent training, `wise` the accuracies
+    (see `rate_table`), `history` has an entry an epoch, `seconds` is the time spent training, `wise` the metrics
     between start and end (see `stages.finetune.wise`).
     """
 
     strategy: Strategy
     network: Classifier | PeftModel
-    correct: np.ndarray | None
+    scores: np.ndarray | None
     seconds: float
     trainable_parameters: int
     rates: list[dict[str, Any]] = field(default_factory=list)
@@ -46,9 +46,9 @@ class Attempt:
     range_test: RangeTest | None = None
 
     @property
-    def accuracy(self) -> float | None:
+    def metric(self) -> float | None:
         """On the validation split."""
-        return None if self.correct is None else float(self.correct.mean())
+        return None if self.scores is None else float(self.scores.mean())
 
 
 def make_attempt(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
@@ -70,7 +70,7 @@ def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     """The frozen backbone with the linear probe as its head."""
     assert setup.frozen is not None
     network = setup.start(strategy)
-    return Attempt(strategy, network, setup.frozen.correct, setup.frozen.seconds, count(network.task_head))
+    return Attempt(strategy, network, setup.frozen.scores, setup.frozen.seconds, count(network.task_head))
 
 
 def train_all(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
@@ -108,7 +108,7 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
         if best.best_epoch and rank_of(history[best.best_epoch - 1]) >= rank_of(history[trained.best_epoch + done - 1]):
             network.load_state_dict(before)
         else:
-            best = Trained(trained.best_epoch + done, history, trained.correct)
+            best = Trained(trained.best_epoch + done, history, trained.scores)
     return attempt_from(strategy, network, rates, best, tested)
 
 
@@ -200,7 +200,7 @@ def attempt_from(
     return Attempt(
         strategy=strategy,
         network=network,
-        correct=trained.correct,
+        scores=trained.scores,
         seconds=sum(entry["seconds"] for entry in trained.history),
         trainable_parameters=sum(row["trained"] for row in table),
         rates=table,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import MissingCapabilityError, TrainingError
+from models.tasks import task_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from models.modalities import Processing
+    from models.tasks import Task
     from stages.base import StageContext
     from stages.data.splits import Example
     from stages.finetune.rates import Rates
 
 BEST = "best.safetensors"
 HISTORY = "history.json"
+SCORES = "scores of the validation examples"
+"""A tensor beside the best weights: no parameter has a space in its name."""
 COMPLETE = "complete"
 """Written into a checkpoint of the Trainer when all its files are there: a killed run leaves half of one."""
 
@@ -60,12 +64,12 @@ class Diverged(Exception):
 class Trained:
     """What training gave: the network holds the weights of `best_epoch`, unless it `diverged` (why, in words).
 
-    `correct`: bool (validation examples,), which of them it has right; None where it diverged.
+    `scores`: float64 (validation examples,), how good its answers are; None where it diverged.
     """
 
     best_epoch: int
     history: list[dict[str, float]]
-    correct: np.ndarray | None
+    scores: np.ndarray | None
     diverged: str | None = None
 
 
@@ -82,14 +86,14 @@ class ExampleDataset:
         return self.examples[index]
 
 
-def make_collate(processing: Processing) -> Any:
-    """Examples → input tensors and `labels`: int64 (batch,)."""
+def make_collate(processing: Processing, task: Task, outputs: int) -> Any:
+    """Examples → input tensors and `labels`, the task's targets."""
     import torch
 
     def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         arrays = processing.arrays([example.content for example in examples])
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        batch["labels"] = torch.tensor([example.label for example in examples])
+        batch["labels"] = torch.from_numpy(task.targets([example.label for example in examples], outputs))
         return batch
 
     return collate
@@ -190,8 +194,8 @@ def translated_errors(plan: TrainingPlan) -> Iterator[None]:
 class Recorder:
     """The history of a training and its best weights, on disk beside the checkpoints.
 
-    The best weights carry their epoch, and which validation examples they have right, in one file, so that a
-    kill between two writes cannot pair the weights of one epoch with the numbers of another.
+    The best weights carry their epoch, and the scores of the validation examples, in one file, so that a kill between
+    two writes cannot pair the weights of one epoch with the numbers of another.
     """
 
     def __init__(self, folder: Path, plan: TrainingPlan) -> None:
@@ -205,7 +209,7 @@ class Recorder:
         self.epoch_started = time.monotonic()
         self.losses: list[float] = []
         self.step = 0
-        self.correct: np.ndarray | tuple[bool, ...] = ()
+        self.scores: np.ndarray | None = None
 
     def see_loss(self, loss: float, step: int) -> None:
         """Raises `Diverged` where the loss is not finite."""
@@ -220,6 +224,7 @@ class Recorder:
 
     def see_epoch(self, epoch: int, metrics: dict[str, float], model: torch.nn.Module) -> None:
         """Record an evaluation; keep the weights when they are the best so far."""
+        import torch
         from safetensors.torch import save_file
 
         from stages.artifact import write_json
@@ -229,7 +234,7 @@ class Recorder:
             "epoch": epoch,
             "train_loss": sum(self.losses) / len(self.losses) if self.losses else 0.0,
             "validation_loss": metrics["eval_loss"],
-            "validation_accuracy": metrics["eval_accuracy"],
+            "validation_metric": metrics["eval_metric"],
             "seconds": round(time.monotonic() - self.epoch_started, 2),
         }
         if not math.isfinite(entry["validation_loss"]):
@@ -239,8 +244,8 @@ class Recorder:
             state = {
                 name: tensor.detach().cpu().clone().contiguous() for name, tensor in trainable_state(model).items()
             }
-            right = "".join("01"[bool(one)] for one in self.correct)
-            save_file(state, self.folder / "best.tmp", {"epoch": str(epoch), "correct": right})
+            assert self.scores is not None
+            save_file(state | {SCORES: torch.from_numpy(self.scores)}, self.folder / "best.tmp", {"epoch": str(epoch)})
             (self.folder / "best.tmp").replace(self.folder / BEST)
         self.history.append(entry)
         write_json(self.folder / HISTORY, self.history)
@@ -254,14 +259,14 @@ class Recorder:
 
     def restore_best(self, model: torch.nn.Module) -> Trained:
         """Put the best weights back into the network."""
-        import numpy as np
         from safetensors import safe_open
 
         if not self.history:
             raise TrainingError("training ended without an evaluation; raise finetune.epochs")
         with safe_open(self.folder / BEST, framework="pt") as stored:
-            described = stored.metadata()
+            epoch = int(stored.metadata()["epoch"])
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        scores = state.pop(SCORES).numpy()
         missing = trainable_state(model).keys() - state.keys()
         unexpected = model.load_state_dict(state, strict=False).unexpected_keys
         if missing or unexpected:
@@ -269,13 +274,12 @@ class Recorder:
                 f"{self.folder / BEST} does not fit the network (missing {sorted(missing)[:2]}, unexpected "
                 f"{unexpected[:2]}); run finetune again with --force"
             )
-        correct = np.array([digit == "1" for digit in described["correct"]], bool)
-        return Trained(int(described["epoch"]), self.history, correct)
+        return Trained(epoch, self.history, scores)
 
 
 def rank_of(entry: dict[str, float]) -> tuple[float, float]:
-    """Larger is better: validation accuracy, then a lower loss."""
-    return entry["validation_accuracy"], -entry["validation_loss"]
+    """Larger is better: the validation metric, then a lower loss."""
+    return entry["validation_metric"], -entry["validation_loss"]
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -321,7 +325,7 @@ def make_trainer(
     from models.classifier import hold_batchnorm
     from stages.finetune.rates import parameter_groups
 
-    names = [tensor.name for tensor in processing.inputs]
+    names, task = [tensor.name for tensor in processing.inputs], task_of(context.task)
     precision = choose_precision(plan.precision, context.device)
 
     class ClassifierTrainer(Trainer):
@@ -330,8 +334,8 @@ def make_trainer(
         ) -> Any:
             if model.training and plan.flip:
                 inputs = {name: flip_half(value) if name == "image" else value for name, value in inputs.items()}
-            logits = model(*(inputs[name] for name in names))  # float32 (batch, classes)
-            loss = torch.nn.functional.cross_entropy(logits.float(), inputs["labels"])
+            logits = model(*(inputs[name] for name in names))  # float32 (batch, outputs)
+            loss = task.loss(logits.float(), inputs["labels"])
             if model.training:
                 recorder.see_loss(loss.item(), self.state.global_step)
             return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
@@ -345,9 +349,9 @@ def make_trainer(
                 self.args.dataloader_drop_last = False
 
     def judge(found: Any) -> dict[str, float]:
-        # `predictions`: float32 (samples, classes), `label_ids`: int64 (samples,)
-        recorder.correct = correct = found.predictions.argmax(-1) == found.label_ids
-        return {"accuracy": float(correct.mean())}
+        # `predictions`: float32 (samples, outputs), `label_ids`: the task's targets
+        recorder.scores = scores = task.scores(found.predictions, found.label_ids)
+        return {"metric": float(scores.mean())}
 
     class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -363,8 +367,8 @@ def make_trainer(
             recorder.see_epoch(round(state.epoch), metrics, kwargs["model"])
             entry = recorder.history[-1]
             context.log.info(
-                "%-10s epoch %d/%d: validation accuracy %.4f, loss %.4f (%.0f s)", "", entry["epoch"], plan.epochs,
-                entry["validation_accuracy"], entry["validation_loss"], entry["seconds"],
+                "%-10s epoch %d/%d: validation %s %.4f, loss %.4f (%.0f s)", "", entry["epoch"], plan.epochs,
+                task.metric, entry["validation_metric"], entry["validation_loss"], entry["seconds"],
             )  # fmt: skip
             if recorder.should_stop():
                 control.should_training_stop = True
@@ -400,7 +404,7 @@ def make_trainer(
     trainer = ClassifierTrainer(
         model=model,
         args=arguments,
-        data_collator=make_collate(processing),
+        data_collator=make_collate(processing, task, len(context.data.labels)),
         train_dataset=ExampleDataset(examples),
         eval_dataset=ExampleDataset(validation),
         compute_metrics=judge,

@@ -29,7 +29,7 @@ RAW_SIDE, RAW_TERMS, RAW_RATE = 32, 2000, 16_000
 
 @dataclass(frozen=True)
 class RawComparison:
-    """Validation accuracies of a linear probe on frozen features and on raw inputs, by training examples
+    """Validation metrics of a linear probe on frozen features and on raw inputs, by training examples
     (`examples`, `frozen`, `raw`), and the gain of the features on all of them."""
 
     curve: list[dict[str, float]]
@@ -57,23 +57,25 @@ def compare_with_raw(setup: Setup) -> RawComparison | None:
     frozen, raw_inputs = setup.frozen, RAW_INPUTS.get(setup.processing.kind)
     if frozen is None or raw_inputs is None:
         return None
-    data, classes = setup.context.data, len(setup.context.data.labels)
+    data, task, outputs = setup.context.data, setup.task, len(setup.spec.labels)
     raw = raw_inputs(data["train"], data["validation"])
     inputs = {"frozen": (frozen.features["train"], frozen.features["validation"]), "raw": raw}
-    probes = {"frozen": frozen.probe, "raw": fit_probe(raw[0], frozen.labels["train"], classes)}
+    probes = {"frozen": frozen.probe, "raw": fit_probe(raw[0], frozen.targets["train"], outputs, task)}
     curve: list[dict[str, float]] = []
-    correct: dict[str, np.ndarray] = {}
+    scores: dict[str, np.ndarray] = {}
     for fraction in FRACTIONS:
         count = round(fraction * len(data["train"]))
-        labels = frozen.labels["train"][:count]
-        if len(set(labels.tolist())) < 2:
+        targets = frozen.targets["train"][:count]
+        if len({one.label for one in data["train"][:count]}) < 2:
             continue
         for name, (train, validation) in inputs.items():
             whole = probes[name]
-            probe = whole if fraction == 1.0 else fit_probe(train[:count], labels, classes, whole.regularization)
-            correct[name], _ = score_head(probe.weight, probe.bias, validation, frozen.labels["validation"])
-        curve.append({"examples": count, **{name: float(right.mean()) for name, right in correct.items()}})
-    return RawComparison(curve, gain_of(correct["frozen"], correct["raw"], 0.95))
+            probe = whole
+            if fraction < 1.0:
+                probe = fit_probe(train[:count], targets, outputs, task, whole.regularization)
+            scores[name], _ = score_head(probe.weight, probe.bias, validation, frozen.targets["validation"], task)
+        curve.append({"examples": count, **{name: float(found.mean()) for name, found in scores.items()}})
+    return RawComparison(curve, gain_of(scores["frozen"], scores["raw"], 0.95))
 
 
 def raw_pixels(train: Sequence[Example], validation: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -99,9 +101,14 @@ def raw_terms(train: Sequence[Example], validation: Sequence[Example]) -> tuple[
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(max_features=RAW_TERMS, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    fitted = vectorizer.fit_transform([str(one.content) for one in train]).toarray()
-    others = vectorizer.transform([str(one.content) for one in validation]).toarray()
+    fitted = vectorizer.fit_transform([text_of(one) for one in train]).toarray()
+    others = vectorizer.transform([text_of(one) for one in validation]).toarray()
     return fitted.astype(np.float32), others.astype(np.float32)
+
+
+def text_of(one: Example) -> str:
+    """The text, or both of them."""
+    return " ".join(one.content) if isinstance(one.content, tuple) else str(one.content)
 
 
 def raw_levels(train: Sequence[Example], validation: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +135,7 @@ RAW_INPUTS: dict[str, Callable[[Sequence[Example], Sequence[Example]], tuple[np.
 
 def compare_with_scratch(setup: Setup, whole: Attempt, folder: Path) -> list[dict[str, Any]]:
     """The strategy of `whole` against the same network trained from scratch with the same budget, each on shares of
-    the training split (`finetune.scratch_fractions`): `examples`, `tuned`, `scratch` (validation accuracies), `gain`.
+    the training split (`finetune.scratch_fractions`): `examples`, `tuned`, `scratch` (validation metrics), `gain`.
 
     A share is the first examples of the split, which is shuffled. What is trained is kept in `folder` until the stage
     is done.
@@ -141,9 +148,9 @@ def compare_with_scratch(setup: Setup, whole: Attempt, folder: Path) -> list[dic
         if count < len(examples):
             tuned = make_attempt(whole.strategy, with_frozen_result(part), folder / f"tuned-{count}")
         scratch = make_attempt("full", from_scratch(part), folder / f"scratch-{count}")
-        row: dict[str, Any] = {"examples": count, "tuned": tuned.accuracy, "scratch": scratch.accuracy, "gain": None}
-        if tuned.correct is not None and scratch.correct is not None:
-            row["gain"] = vars(gain_of(tuned.correct, scratch.correct, 0.95))
+        row: dict[str, Any] = {"examples": count, "tuned": tuned.metric, "scratch": scratch.metric, "gain": None}
+        if tuned.scores is not None and scratch.scores is not None:
+            row["gain"] = vars(gain_of(tuned.scores, scratch.scores, 0.95))
         rows.append(row)
     return rows
 
@@ -177,13 +184,13 @@ def compare_with_direct(setup: Setup, made: Attempt, folder: Path) -> dict[str, 
     assert setup.frozen is not None and direct.frozen is not None
     found: dict[str, Any] = {
         "run": Path(config.from_run).name,
-        "probe": float(setup.frozen.correct.mean()),
-        "direct_probe": float(direct.frozen.correct.mean()),
-        "probe_gain": vars(gain_of(setup.frozen.correct, direct.frozen.correct, 0.95)),
+        "probe": float(setup.frozen.scores.mean()),
+        "direct_probe": float(direct.frozen.scores.mean()),
+        "probe_gain": vars(gain_of(setup.frozen.scores, direct.frozen.scores, 0.95)),
     }
-    if config.compare_direct and made.correct is not None:
+    if config.compare_direct and made.scores is not None:
         other = make_attempt(made.strategy, direct, folder / "direct")
-        found |= {"tuned": made.accuracy, "direct_tuned": other.accuracy}
-        if other.correct is not None:
-            found["tuned_gain"] = vars(gain_of(made.correct, other.correct, 0.95))
+        found |= {"tuned": made.metric, "direct_tuned": other.metric}
+        if other.scores is not None:
+            found["tuned_gain"] = vars(gain_of(made.scores, other.scores, 0.95))
     return found

@@ -36,13 +36,13 @@ def between_start_and_end(made: Attempt, setup: Setup) -> Attempt:
     found: dict[float, np.ndarray] = {}
     for alpha in ALPHAS:
         put_between(network, starts, ends, alpha, setup)
-        correct, loss = evaluate(network, setup)
-        found[alpha] = correct
-        rows.append({"alpha": alpha, "validation_accuracy": float(correct.mean()), "validation_loss": loss})
-    best = max(rows, key=lambda row: (row["validation_accuracy"], row["alpha"]))["alpha"]
+        scores, loss = evaluate(network, setup)
+        found[alpha] = scores
+        rows.append({"alpha": alpha, "validation_metric": float(scores.mean()), "validation_loss": loss})
+    best = max(rows, key=lambda row: (row["validation_metric"], row["alpha"]))["alpha"]
     put_between(network, starts, ends, best, setup)
     setup.context.log.info("%-10s WiSE-FT keeps %.1f of the change", "", best)
-    return replace(made, correct=found[best], wise=rows)
+    return replace(made, scores=found[best], wise=rows)
 
 
 def starting_state(made: Attempt, setup: Setup, ends: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -90,19 +90,19 @@ def measure_batchnorm(network: Any, setup: Setup) -> None:
 
 
 def evaluate(network: Any, setup: Setup) -> tuple[np.ndarray, float]:
-    """bool (validation examples,), which are right, and the mean cross-entropy (nats). In eval mode."""
+    """float64 (validation examples,), how good the answers are, and the mean loss. In eval mode."""
     import numpy as np
     import torch
 
     device, examples = setup.context.device, setup.context.data["validation"]
     network.to(device).eval()
-    correct, losses = [], []
+    parts = []
     with setup.context.progress.task("validation", len(examples)) as advance, torch.inference_mode():
-        for arrays, labels in batches(setup.processing, examples, BATCH):
-            wanted = torch.from_numpy(labels).to(device)
-            logits = network(*(torch.from_numpy(arrays[spec.name]).to(device) for spec in setup.processing.inputs))
-            losses.append(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").item())
-            correct.append((logits.argmax(1) == wanted).cpu().numpy())
-            advance(len(labels))
+        for arrays, count in batches(setup.processing, examples, BATCH):
+            inputs = [torch.from_numpy(arrays[spec.name]).to(device) for spec in setup.processing.inputs]
+            parts.append(network(*inputs).float().cpu())
+            advance(count)
     network.to("cpu")
-    return np.concatenate(correct), sum(losses) / len(examples)
+    outputs, targets = torch.cat(parts), setup.targets("validation")
+    loss = float(setup.task.loss(outputs, torch.from_numpy(targets)))
+    return setup.task.scores(np.asarray(outputs.numpy()), targets), loss

@@ -1,4 +1,4 @@
-"""quantize: INT8 candidates that stay inside their accuracy budget."""
+"""quantize: INT8 candidates that stay inside their budget."""
 
 from stages.quantize.stage import Quantize, QuantizeConfig
 

@@ -1,4 +1,4 @@
-"""quantize: INT8 candidates that stay inside their accuracy budget.
+"""quantize: INT8 candidates that stay inside their budget.
 
 Reads: export's `onnx-fp32.onnx`, merge-lora's `checkpoint/` (the reference), the calibration split, and the
 validation split to judge by.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import QuantizeError
+from models.tasks import task_of
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
 
     from models.checkpoint import Checkpoint
+    from models.tasks import Task
 
 Scheme = Literal["int8-dynamic", "int8-static"]
 
@@ -88,7 +90,7 @@ class QuantizeConfig(StageConfig):
         default=0.01,
         ge=0,
         le=1,
-        description="Budget: accuracy lost against the reference on the validation split (accuracy).",
+        description="Budget: what the metric may lose against the reference on the validation split (0.01 = 1 point).",
     )
     min_int8_share: float = Field(
         default=0.5,
@@ -100,7 +102,7 @@ class QuantizeConfig(StageConfig):
         default=0.975,
         ge=0,
         le=1,
-        description="Budget: share of validation examples with the reference's top class (ratio).",
+        description="Budget: share of validation examples with the reference's answer (ratio).",
     )
 
 
@@ -115,7 +117,12 @@ class Workbench:
     macs: Mapping[str, int]
     scratch: Path
     reference: np.ndarray
-    labels: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def task(self) -> Task:
+        """What is asked of the network."""
+        return task_of(self.checkpoint.spec.task)
 
     def run(self, model: onnx.ModelProto, batches: Any) -> Iterator[dict[str, np.ndarray]]:
         """The outputs of a graph, batch by batch."""
@@ -170,27 +177,26 @@ def note_of(candidate: Candidate) -> str:
         return f"{candidate.name} is left out: {candidate.reason}"
     measured = candidate.measurements
     return (
-        f"{candidate.name}: {candidate.size_bytes / 1e6:.1f} MB, accuracy {measured['accuracy']:.4f} "
-        f"(reference {measured['reference_accuracy']:.4f}), {measured['share_int8_macs']:.0%} of the arithmetic in INT8"
+        f"{candidate.name}: {candidate.size_bytes / 1e6:.1f} MB, {measured['metric_name']} {measured['metric']:.4f} "
+        f"(reference {measured['reference_metric']:.4f}), {measured['share_int8_macs']:.0%} of the arithmetic in INT8"
     )
 
 
 def open_workbench(context: StageContext, config: QuantizeConfig, scratch: Path) -> Workbench:
     """Prepare the graph, and run the reference, the unpatched merged network, once over the validation split."""
-    import numpy as np
-
     from models.checkpoint import load_checkpoint
     from models.runtimes.torch_eager import TorchEager
-    from stages.inputs import predict_logits
+    from stages.inputs import predict
 
     checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
     model = prepare_graph(context.inputs["export"].file("onnx-fp32.onnx"), scratch)
     macs = count_macs(model, checkpoint, context, scratch)
     examples = context.data["validation"]
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
-        logits = predict_logits(runtime, checkpoint.processing, examples, BATCH_SIZE, context.progress, "reference")
-    labels = np.array([one.label for one in examples])
-    return Workbench(context, config, checkpoint, model, macs, scratch, logits, labels)
+        outputs = predict(runtime, checkpoint.processing, examples, BATCH_SIZE, context.progress, "reference")
+    spec = checkpoint.spec
+    targets = task_of(spec.task).targets([one.label for one in examples], len(spec.labels))
+    return Workbench(context, config, checkpoint, model, macs, scratch, outputs, targets)
 
 
 def prepare_graph(path: Path, scratch: Path) -> onnx.ModelProto:
@@ -291,7 +297,7 @@ def quantize_statically(bench: Workbench) -> Candidate:
             ranking = rank_nodes(bench, nodes, ranges, form)
         model = quantize_graph(bench.model, ranges, form, ranking[:count])
         measured = judge(bench, model, name) | arithmetic(bench, ranking[:count])
-        step = {"float_nodes": count} | {key: measured[key] for key in ("accuracy", "agreement", "share_int8_macs")}
+        step = {"float_nodes": count} | {key: measured[key] for key in ("metric", "agreement", "share_int8_macs")}
         ladder.append(step)
         words = ", ".join(f"{key} {value:.4g}" for key, value in step.items())
         bench.context.log.info("           %s: %s", name, words)
@@ -309,7 +315,7 @@ def quantize_statically(bench: Workbench) -> Candidate:
 
 def closeness(measured: Mapping[str, Any]) -> tuple[float, float]:
     """How near to the reference a variant is, larger is nearer: where none is inside, the report shows the best."""
-    return measured["accuracy"], measured["agreement"]
+    return measured["metric"], measured["agreement"]
 
 
 def float_counts(config: QuantizeConfig, nodes: int) -> list[int]:
@@ -340,7 +346,7 @@ def calibrate(bench: Workbench) -> TensorsData:
 def rank_nodes(bench: Workbench, nodes: Sequence[str], ranges: TensorsData, form: Form) -> list[str]:
     """Nodes from the most to the least sensitive.
 
-    Each is quantized alone; its harm is the mean squared change of the logits over calibration examples. Ranked so,
+    Each is quantized alone; its harm is the mean squared change of the outputs over calibration examples. Ranked so,
     one float node did what three did when taken in graph order, and eight reached an agreement of .984 against .974
     (EfficientNet-Lite0, 500 images).
     """
@@ -351,41 +357,40 @@ def rank_nodes(bench: Workbench, nodes: Sequence[str], ranges: TensorsData, form
     examples = bench.context.data["calibration"][: bench.config.sensitivity_samples]
     inputs = [arrays for arrays, _ in batches(bench.checkpoint.processing, examples, BATCH_SIZE)]
 
-    def logits_of(model: onnx.ModelProto) -> np.ndarray:
+    def outputs_of(model: onnx.ModelProto) -> np.ndarray:
         return np.concatenate([next(iter(outputs.values())) for outputs in bench.run(model, inputs)])
 
-    wanted = logits_of(bench.model)
+    wanted = outputs_of(bench.model)
     harm: dict[str, float] = {}
     with bench.context.progress.task("sensitivity", len(nodes)) as advance:
         for name in nodes:
             alone = quantize_graph(bench.model, ranges, form, [other for other in nodes if other != name])
-            harm[name] = float(np.square(logits_of(alone) - wanted).mean())
+            harm[name] = float(np.square(outputs_of(alone) - wanted).mean())
             advance()
     return sorted(nodes, key=lambda name: -harm[name])
 
 
 def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[str, Any]:
-    """Accuracy and agreement with the reference over the validation split."""
+    """Metric and agreement with the reference over the validation split."""
     import onnx
 
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
-    from stages.inputs import predict_logits
+    from stages.inputs import predict
 
     path = bench.scratch / "judge.onnx"
     onnx.save(model, path)
     context = bench.context
     with OnnxRuntimeSession(path, threads=context.threads) as session:
-        logits = predict_logits(
+        outputs = predict(
             session, bench.checkpoint.processing, context.data["validation"], BATCH_SIZE, context.progress, description
         )
-    found, wanted = logits.argmax(1), bench.reference.argmax(1)
-    right, right_before = int((found == bench.labels).sum()), int((wanted == bench.labels).sum())
-    samples = len(bench.labels)
+    found, before = (bench.task.scores(values, bench.targets) for values in (outputs, bench.reference))
     return {
-        "accuracy": right / samples,
-        "reference_accuracy": right_before / samples,
-        "accuracy_drop": (right_before - right) / samples,  # of counts: 0.868 − 0.858 is above 0.01 in floating point
-        "agreement": float((found == wanted).mean()),
+        "metric_name": bench.task.metric,
+        "metric": float(found.mean()),
+        "reference_metric": float(before.mean()),
+        "metric_drop": float((before - found).mean()),  # of counts: 0.868 − 0.858 is above 0.01 in floating point
+        "agreement": float(bench.task.same(outputs, bench.reference).mean()),
     }
 
 
@@ -401,8 +406,9 @@ def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any]) -> str:
     if measured["share_int8_macs"] < config.min_int8_share:
         share = f"only {measured['share_int8_macs']:.1%} of the arithmetic is in INT8"
         return f"{share}; {config.min_int8_share:.0%} is asked for"
-    if measured["accuracy_drop"] > config.max_metric_drop:
-        return f"the accuracy drops by {measured['accuracy_drop']:.4f}; the budget is {config.max_metric_drop:.4f}"
+    if measured["metric_drop"] > config.max_metric_drop:
+        lost = f"the {measured['metric_name']} drops by {measured['metric_drop']:.4f}"
+        return f"{lost}; the budget is {config.max_metric_drop:.4f}"
     if measured["agreement"] < config.min_agreement:
         return f"it agrees with the reference on {measured['agreement']:.2%}; the budget is {config.min_agreement:.2%}"
     return ""

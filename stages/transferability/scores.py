@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.errors import DataError
-from stages.features.probe import fit_probe, predict_by_neighbours, score_head
+from models.tasks.single_label import SingleLabel
+from stages.features.probe import fit_probe, outputs_of_neighbours, score_head
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     Fold = tuple[np.ndarray, np.ndarray]
     """Indices to learn from and indices to judge by: int64."""
+
+CLASSIFICATION = SingleLabel()
 
 FOLDS = 5
 SMALLEST_CLASS = 4
@@ -88,8 +91,9 @@ def judge_probe(
     with progress.task(f"probe of {name}", len(folds)) as advance:
         for learn, judge in folds:
             strength = choose_regularization(features[learn], labels[learn], classes, seed)
-            probe = fit_probe(features[learn], labels[learn], classes, strength)
-            correct[judge], _ = score_head(probe.weight, probe.bias, features[judge], labels[judge])
+            probe = fit_probe(features[learn], labels[learn], classes, CLASSIFICATION, strength)
+            scores, _ = score_head(probe.weight, probe.bias, features[judge], labels[judge], CLASSIFICATION)
+            correct[judge] = scores > 0
             advance()
     return Judged(correct)
 
@@ -102,8 +106,8 @@ def choose_regularization(features: np.ndarray, labels: np.ndarray, classes: int
     learn, judge = stratified(labels, seed)[0]
     losses = []
     for strength in REGULARIZATIONS:
-        probe = fit_probe(features[learn], labels[learn], classes, strength)
-        losses.append(score_head(probe.weight, probe.bias, features[judge], labels[judge])[1])
+        probe = fit_probe(features[learn], labels[learn], classes, CLASSIFICATION, strength)
+        losses.append(score_head(probe.weight, probe.bias, features[judge], labels[judge], CLASSIFICATION)[1])
     return REGULARIZATIONS[losses.index(min(losses))]
 
 
@@ -114,9 +118,10 @@ def judge_neighbours(features: np.ndarray, labels: np.ndarray, folds: Sequence[F
     """
     import numpy as np
 
-    correct = np.zeros(len(labels), bool)
+    correct, classes = np.zeros(len(labels), bool), int(labels.max()) + 1
     for learn, judge in folds:
-        correct[judge] = predict_by_neighbours(features[learn], labels[learn], features[judge]) == labels[judge]
+        voted = outputs_of_neighbours(features[learn], labels[learn], features[judge], classes, CLASSIFICATION)
+        correct[judge] = CLASSIFICATION.scores(voted, labels[judge]) > 0
     return Judged(correct)
 
 

@@ -1,4 +1,4 @@
-"""How far a candidate's logits are from the reference's on the same samples, and whether they are evidence at all."""
+"""How far a candidate's outputs are from the reference's on the same samples, and whether they are evidence at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.inputs import batches
-from stages.statistics import smallest_visible_drop, tango_interval
+from stages.statistics import paired_interval, smallest_visible_drop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from models.modalities import Processing
     from models.runtimes.base import Runtime
     from models.spec import IOSpec
+    from models.tasks import Task
     from stages.base import Progress
     from stages.data.splits import Example
 
@@ -25,9 +26,9 @@ SQNR_LIMIT_DB = 300.0
 
 @dataclass(frozen=True)
 class Outputs:
-    """Logits, float32 (samples, classes), or why there are none that could be evidence."""
+    """Outputs, float32 (samples, outputs), or why there are none that could be evidence."""
 
-    logits: np.ndarray | None
+    values: np.ndarray | None
     problem: str = ""
 
 
@@ -49,12 +50,12 @@ def collect_outputs(
 
     parts = []
     with progress.task(description, len(examples)) as advance:
-        for inputs, labels in batches(processing, examples, batch_size):
+        for inputs, count in batches(processing, examples, batch_size):
             found = runtime.infer(inputs)
-            if problem := output_problem(found, io, len(labels)):
+            if problem := output_problem(found, io, count):
                 return Outputs(None, problem)
             parts.append(found[io.outputs[0].name])
-            advance(len(labels))
+            advance(count)
     if not parts:
         return Outputs(None, "there is not one sample to compare on")
     return Outputs(np.concatenate(parts))
@@ -83,53 +84,52 @@ def output_problem(found: Mapping[str, np.ndarray], io: IOSpec, batch: int) -> s
     return ""
 
 
-def compare(found: Outputs, wanted: Outputs, labels: np.ndarray) -> dict[str, Any]:
+def compare(found: Outputs, wanted: Outputs, targets: np.ndarray, task: Task) -> dict[str, Any]:
     """Differences of a candidate (`found`) from the reference (`wanted`).
 
     Where either is no evidence there is a `problem` and every number is None, which no gate passes.
     """
     problem = found.problem or (f"the reference: {wanted.problem}" if wanted.problem else "")
-    if found.logits is None or wanted.logits is None:
+    if found.values is None or wanted.values is None:
         return {"problem": problem, **dict.fromkeys(NUMBERS)}
-    if found.logits.shape != wanted.logits.shape:
-        problem = f"logits have shape {found.logits.shape}, the reference's {wanted.logits.shape}"
+    if found.values.shape != wanted.values.shape:
+        problem = f"outputs have shape {found.values.shape}, the reference's {wanted.values.shape}"
         return {"problem": problem, **dict.fromkeys(NUMBERS)}
-    numbers = {**decisions(found.logits, wanted.logits, labels), **errors(found.logits, wanted.logits)}
+    numbers = {**decisions(found.values, wanted.values, targets, task), **errors(found.values, wanted.values)}
     return {"problem": problem, **numbers}
 
 
 NUMBERS = (
-    "accuracy", "accuracy_difference", "accuracy_difference_interval", "accuracy_difference_bound", "flips",
+    "metric", "more_metrics", "metric_difference", "metric_difference_interval", "metric_difference_bound", "flips",
     "smallest_visible_drop", "agreement", "logit_range", "max_abs_error", "mean_abs_error", "p999_abs_error",
     "relative_error", "cosine", "sqnr_db", "kl", "error_histogram",
 )  # fmt: skip
 """The keys of `decisions` and `errors`."""
 
 
-def decisions(found: np.ndarray, wanted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What differs in the classes chosen. Shares are 0 to 1; differences are candidate minus reference.
+def decisions(found: np.ndarray, wanted: np.ndarray, targets: np.ndarray, task: Task) -> dict[str, Any]:
+    """What differs in the answers. Differences are candidate minus reference.
 
-    `accuracy_difference_interval` has 95 % confidence; `accuracy_difference_bound` is the lower end of
-    the 90 % one: a one-sided test at 5 %. `flips` counts samples that only one of the two gets right.
+    `metric_difference_interval` has 95 % confidence; `metric_difference_bound` is the lower end of the 90 % one: a
+    one-sided test at 5 %. `flips` counts samples whose score differs.
     """
-    samples = len(labels)
-    right, right_before = found.argmax(1) == labels, wanted.argmax(1) == labels
-    gained, lost = int((right & ~right_before).sum()), int((~right & right_before).sum())
+    scores, before = task.scores(found, targets), task.scores(wanted, targets)
     return {
-        "accuracy": float(right.mean()),
-        "accuracy_difference": (gained - lost) / samples,
-        "accuracy_difference_interval": list(tango_interval(gained, lost, samples)),
-        "accuracy_difference_bound": tango_interval(gained, lost, samples, 0.90)[0],
-        "flips": gained + lost,
-        "smallest_visible_drop": smallest_visible_drop((gained + lost) / samples, samples),
-        "agreement": float((found.argmax(1) == wanted.argmax(1)).mean()),
+        "metric": float(scores.mean()),
+        "more_metrics": task.more_metrics(found, targets),
+        "metric_difference": float((scores - before).mean()),
+        "metric_difference_interval": list(paired_interval(scores, before)),
+        "metric_difference_bound": paired_interval(scores, before, 0.90)[0],
+        "flips": int((scores != before).sum()),
+        "smallest_visible_drop": smallest_visible_drop(scores, before),
+        "agreement": float(task.same(found, wanted).mean()),
     }
 
 
 def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
-    """What differs in the logits.
+    """What differs in the outputs.
 
-    `relative_error` is the largest error as a share of the reference's logit range, `cosine` the smallest
+    `relative_error` is the largest error as a share of the reference's output range, `cosine` the smallest
     over all samples, `sqnr_db` 10·log10(Σ reference² / Σ error²), `kl` the mean divergence of the candidate's
     probabilities from the reference's in nats. A reference that is zero throughout has neither range nor
     signal: those numbers are None.

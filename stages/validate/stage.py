@@ -2,7 +2,7 @@
 
 Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split.
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen.
-Gates: enough samples; for each candidate outputs that can be compared, accuracy drop, agreement and numeric
+Gates: enough samples; for each candidate outputs that can be compared, metric drop, agreement and numeric
 error by precision; a candidate inside the limits on latency and size, where they are set. No evidence is never a
 pass.
 Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import IntegrityError
+from models.tasks import task_of
 from stages.artifact import sha256_of_file, write_json
 from stages.base import (
     NETWORK_PACKAGES,
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
     from stages.validate.metrics import Outputs
 
 EVIDENCE = "evidence.json"
-EVIDENCE_SCHEMA_VERSION = 1
+EVIDENCE_SCHEMA_VERSION = 2
 REFERENCE = "pytorch"
 AGREEMENT_INT8 = 0.94
 LATENCY_SAMPLES = 8
 """Different real samples that the timed calls take in turn."""
 
-OBJECTIVES = {"latency": "latency_ms_p50", "size": "size_bytes", "accuracy": "accuracy"}
+OBJECTIVES = {"latency": "latency_ms_p50", "size": "size_bytes", "accuracy": "metric"}
 
 
 class GatesConfig(StageConfig):
@@ -62,7 +63,7 @@ class GatesConfig(StageConfig):
         "points where one answer in twenty flips; a drop of 1 point takes thousands.",
     )
     max_metric_drop: float = Field(
-        default=0.01, ge=0, description="Largest drop of the accuracy below the reference (accuracy, 0.01 = 1 point)."
+        default=0.01, ge=0, description="Largest drop of the metric below the reference (0.01 = 1 point)."
     )
     metric_drop: Literal["observed", "proven"] = Field(
         default="observed",
@@ -73,25 +74,29 @@ class GatesConfig(StageConfig):
         default=0.99,
         ge=0,
         le=1,
-        description="Smallest share of samples with the reference's top-1 class, of every candidate.",
+        description="Smallest share of samples with the reference's answer (its top-1 class), of every candidate.",
     )
     min_agreement_int8: float | None = Field(
         default=None,
         ge=0,
         le=1,
         description="The same for INT8 candidates alone. Default: min_agreement where that is written, else 0.94: "
-        "near-ties flip in INT8 without harm to the accuracy, which has a gate of its own.",
+        "near-ties flip in INT8 without harm to the metric, which has a gate of its own.",
     )
     max_relative_error_fp32: float = Field(
-        default=1e-3, gt=0, description="Largest logit error of fp32 as a share of the reference's logit range (ratio)."
+        default=1e-3,
+        gt=0,
+        description="Largest output error of fp32 as a share of the reference's range (ratio).",
     )
     max_relative_error_fp16: float = Field(
-        default=2e-2, gt=0, description="Largest logit error of fp16 as a share of the reference's logit range (ratio)."
+        default=2e-2,
+        gt=0,
+        description="Largest output error of fp16 as a share of the reference's range (ratio).",
     )
     min_sqnr_db: float = Field(
         default=10.0,
         description="Smallest signal-to-quantization-noise ratio of any candidate (dB). Halved logits, which keep "
-        "every class and the accuracy, have 6 dB.",
+        "every class, have 6 dB.",
     )
     max_latency_ms: float | None = Field(
         default=None, gt=0, description="Limit: largest p95 latency at batch 1 on this machine (milliseconds)."
@@ -113,10 +118,12 @@ class ValidateConfig(StageConfig):
     """How candidates are measured and which one is shipped."""
 
     objective: Literal["latency", "size", "accuracy"] = Field(
-        default="latency", description="What the shipped candidate is best at, among those whose gates all passed."
+        default="latency",
+        description="What the shipped candidate is best at, among those whose gates all passed (accuracy: the task's "
+        "metric).",
     )
     batch_size: int = Field(
-        default=32, ge=1, description="Batch size of the accuracy and throughput measurements (number)."
+        default=32, ge=1, description="Batch size of the metric and throughput measurements (number)."
     )
     latency_calls: int = Field(default=100, ge=20, description="Timed calls of each runtime at batch 1 (number).")
     gates: GatesConfig = Field(default_factory=GatesConfig, description="Thresholds.")
@@ -143,7 +150,7 @@ class Validate:
     config_type = ValidateConfig
     consumes = ("merge-lora", "export", "quantize")
     splits: tuple[SplitName, ...] = ("test",)
-    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "scipy")
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "scipy", "scikit-learn")
     machine: tuple[MachinePart, ...] = ("processor", "threads")
 
     def run(self, context: StageContext, config: ValidateConfig) -> StageResult:
@@ -160,13 +167,17 @@ class Validate:
         enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
         gates = [enough.check("test split", float(evidence["samples"]))]
         for entry in evidence["candidates"]:
-            results = check(entry, config.gates, evidence["samples"])
+            results = check(entry, config.gates, evidence["samples"], evidence["metric_name"])
             entry["passed"] = all(result.passed for result in results)
             entry["over_limits"] = over_limits(entry, config.gates)
             gates += results
         chosen = choose(evidence["candidates"], config.objective)
         gates += choice_gates(evidence["candidates"], chosen, config.gates)
-        evidence |= {"objective": config.objective, "chosen": chosen, "confusion": confusion(chosen, outputs, context)}
+        evidence |= {
+            "objective": config.objective,
+            "chosen": chosen,
+            "confusion": confusion(chosen, outputs, context, checkpoint),
+        }
         write_json(context.output / EVIDENCE, evidence | {"gates": [gate.to_dict() for gate in gates]})
         return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))
 
@@ -246,8 +257,9 @@ def assemble(
     """Everything that was measured, as plain values."""
     from stages.validate.metrics import compare
 
-    labels = true_labels(context)
-    reference, reference_times = outputs[REFERENCE].logits, timings.get(REFERENCE, dict.fromkeys(TIMES))
+    spec = checkpoint.spec
+    task, targets = task_of(spec.task), targets_of(context, checkpoint)
+    reference, reference_times = outputs[REFERENCE].values, timings.get(REFERENCE, dict.fromkeys(TIMES))
     entries = []
     for one in candidates:
         times = timings.get(one.candidate.name, dict.fromkeys(TIMES))
@@ -262,7 +274,7 @@ def assemble(
                 "files": one.files,
                 "sha256": one.files[one.candidate.file],
                 "size_bytes": sum(one.artifact.file(name).stat().st_size for name in one.files),
-                **compare(outputs[one.candidate.name], outputs[REFERENCE], labels),
+                **compare(outputs[one.candidate.name], outputs[REFERENCE], targets, task),
                 **times,
                 "speedup": speedup,
                 "speedup_interval": interval,
@@ -271,12 +283,14 @@ def assemble(
     weights = context.inputs["merge-lora"].file("checkpoint/model.safetensors")
     return {
         "schema_version": EVIDENCE_SCHEMA_VERSION,
-        "samples": len(labels),
+        "samples": len(targets),
+        "metric_name": task.metric,
         "data_fingerprint": context.data.fingerprints["test"],
         "threads": context.threads,
-        "labels": list(checkpoint.spec.labels),
+        "labels": list(spec.labels),
         "reference": {
-            "accuracy": float((reference.argmax(1) == labels).mean()) if reference is not None else None,
+            "metric": float(task.scores(reference, targets).mean()) if reference is not None else None,
+            "more_metrics": task.more_metrics(reference, targets) if reference is not None else {},
             "size_bytes": weights.stat().st_size,
             **reference_times,
         },
@@ -288,29 +302,28 @@ TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s", "turns_ms")
 """The keys of a runtime's timings; None where there was no sample to run."""
 
 
-def true_labels(context: StageContext) -> np.ndarray:
-    """int64 (samples,)."""
-    import numpy as np
+def targets_of(context: StageContext, checkpoint: Checkpoint) -> np.ndarray:
+    """What every test example should give, as the task's array."""
+    spec = checkpoint.spec
+    return task_of(spec.task).targets([one.label for one in context.data["test"]], len(spec.labels))
 
-    return np.array([one.label for one in context.data["test"]], dtype=np.int64)
 
-
-def check(entry: dict[str, Any], gates: GatesConfig, samples: int) -> list[GateResult]:
+def check(entry: dict[str, Any], gates: GatesConfig, samples: int, metric: str) -> list[GateResult]:
     """The gates of one candidate."""
     name, precision, problem = entry["name"], entry["precision"], entry["problem"]
     agreement = gates.agreement_of(precision)
-    key = "accuracy_difference" if gates.metric_drop == "observed" else "accuracy_difference_bound"
+    key = "metric_difference" if gates.metric_drop == "observed" else "metric_difference_bound"
     drop = None if entry[key] is None else 0.0 - entry[key]
     visible = "" if drop is None else f"{samples} samples can see drops of {entry['smallest_visible_drop']:.4f} or more"
     results = [
         Gate("comparable outputs", "at most", 0.0, "problems").check(name, float(bool(problem)), samples, problem),
-        Gate("accuracy drop", "at most", gates.max_metric_drop, "accuracy").check(name, drop, samples, visible),
-        Gate("top-1 agreement", "at least", agreement).check(name, entry["agreement"], samples),
+        Gate(f"{metric} drop", "at most", gates.max_metric_drop, metric).check(name, drop, samples, visible),
+        Gate("agreement", "at least", agreement).check(name, entry["agreement"], samples),
         Gate("SQNR", "at least", gates.min_sqnr_db, "dB").check(name, entry["sqnr_db"], samples),
     ]
     limits = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
     if precision in limits:
-        gate = Gate("logit error", "at most", limits[precision], "of the logit range")
+        gate = Gate("output error", "at most", limits[precision], "of the output range")
         results.append(gate.check(name, entry["relative_error"], samples))
     return results
 
@@ -356,21 +369,25 @@ def choose(entries: list[dict[str, Any]], objective: str) -> str | None:
     return str(min(eligible, key=rank)["name"])
 
 
-def confusion(chosen: str | None, outputs: dict[str, Outputs], context: StageContext) -> list[list[int]]:
-    """The confusion matrix of the chosen candidate; empty where there is none."""
+def confusion(
+    chosen: str | None, outputs: dict[str, Outputs], context: StageContext, checkpoint: Checkpoint
+) -> list[list[int]]:
+    """The confusion matrix of the chosen candidate; empty where there is none, or where an answer is not one class."""
     from stages.validate.metrics import confusion_of
 
-    logits = outputs[chosen].logits if chosen else None
-    return [] if logits is None else confusion_of(logits, true_labels(context), len(context.data.labels))
+    values, targets = outputs[chosen].values if chosen else None, targets_of(context, checkpoint)
+    if values is None or not all(isinstance(one.label, int) for one in context.data["test"]):
+        return []
+    return confusion_of(values, targets, len(context.data.labels))
 
 
 def notes_of(evidence: dict[str, Any]) -> list[str]:
     """One line a candidate, and what was chosen."""
-    reference = evidence["reference"]
-    if reference["accuracy"] is None or reference["latency_ms_p50"] is None:
+    reference, metric = evidence["reference"], evidence["metric_name"]
+    if reference["metric"] is None or reference["latency_ms_p50"] is None:
         return [f"{REFERENCE}: no evidence on {evidence['samples']} samples"]
     lines = [
-        f"{REFERENCE}: accuracy {reference['accuracy']:.4f} on {evidence['samples']} samples, "
+        f"{REFERENCE}: {metric} {reference['metric']:.4f} on {evidence['samples']} samples, "
         f"{reference['latency_ms_p50']:.2f} ms"
     ]
     for entry in evidence["candidates"]:
@@ -378,7 +395,7 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             lines.append(f"{entry['name']}: {entry['problem']}")
             continue
         lines.append(
-            f"{entry['name']}: accuracy {entry['accuracy']:.4f} ({entry['accuracy_difference']:+.4f}; drops of "
+            f"{entry['name']}: {metric} {entry['metric']:.4f} ({entry['metric_difference']:+.4f}; drops of "
             f"{entry['smallest_visible_drop']:.4f} or more would show), agreement {entry['agreement']:.4f}, "
             f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
         )

@@ -19,11 +19,11 @@ from models.bundle import (
     check_name,
     check_spelling,
     open_bundle,
-    probabilities_from_logits,
     sha256_of,
 )
 from models.errors import ConfigError, DataError, IntegrityError, RuntimeInferenceError
 from models.spec import TaskName
+from models.tasks.single_label import probabilities_from_logits
 from tests.stages.chain import packed, test_split
 
 TASKS: tuple[TaskName, ...] = ("image-classification", "text-classification", "audio-classification")
@@ -159,7 +159,7 @@ def test_a_swap_after_opening_is_seen_by_verify(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda manifest: manifest.update(schema_version=99), "schema version 99; this program reads 1"),
+        (lambda manifest: manifest.update(schema_version=99), "schema version 99; this program reads 2"),
         (lambda manifest: manifest.pop("files"), "lacks the key 'files'"),
         (lambda manifest: manifest.update(files=[]), "not of the expected shape"),
         (lambda manifest: manifest["files"].update({"../out": "0" * 64}), "unsafe path"),
@@ -199,7 +199,7 @@ def chosen_outputs(bundle: Path) -> str:
 def test_outputs_that_are_not_the_golden_ones_fail(bundle: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     name = chosen_outputs(bundle)
     replace_array(bundle, name, change)
-    assert failed_checks(bundle) == [f"golden outputs of {name.removeprefix('logits-')}"]
+    assert failed_checks(bundle) == [f"golden outputs of {name.removeprefix('outputs-')}"]
 
 
 @pytest.mark.parametrize("change", [lambda image: image[..., ::-1], lambda image: image.astype(np.int16),

@@ -6,6 +6,8 @@ import hashlib
 import math
 from typing import Any
 
+from stages.artifact import SCHEMA_VERSION
+
 LABELS = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 STAGE_NAMES = ("finetune", "merge-lora", "export", "quantize", "validate", "package")
 
@@ -57,7 +59,7 @@ def history() -> list[dict[str, Any]]:
             "epoch": epoch,
             "train_loss": round(0.34 + 0.62 * math.exp(-0.7 * epoch), 4),
             "validation_loss": round(0.43 + 0.3 * math.exp(-0.6 * epoch) + 0.006 * max(0, epoch - 4), 4),
-            "validation_accuracy": round(0.862 - 0.06 * math.exp(-0.6 * epoch) - 0.004 * max(0, epoch - 5), 4),
+            "validation_metric": round(0.862 - 0.06 * math.exp(-0.6 * epoch) - 0.004 * max(0, epoch - 5), 4),
             "seconds": 21.4,
         }
         for epoch in range(1, 7)
@@ -107,9 +109,9 @@ def candidate(
         "file": f"{name}.onnx",
         "sha256": digest(name),
         "size_bytes": size,
-        "accuracy": accuracy,
-        "accuracy_difference": round(accuracy - 0.857, 4),
-        "accuracy_difference_interval": [
+        "metric": accuracy,
+        "metric_difference": round(accuracy - 0.857, 4),
+        "metric_difference_interval": [
             round(accuracy - 0.857 - 0.0004 - error * 0.004, 5),
             round(accuracy - 0.857 + 0.0004 + error * 0.004, 5),
         ],
@@ -136,7 +138,7 @@ def validated() -> dict[str, Any]:
         "objective": "latency",
         "chosen": "onnx-int8-static",
         "reference": {
-            "accuracy": 0.857,
+            "metric": 0.857,
             "latency_ms_p50": 24.6,
             "latency_ms_p95": 28.9,
             "throughput_per_s": 44.1,
@@ -159,7 +161,7 @@ def passing_run() -> dict[str, Any]:
         result
         for item in measured["candidates"]
         for result in (
-            gate("max_metric_drop", item["name"], 0.0 - item["accuracy_difference"], "at most", 0.01),
+            gate("max_metric_drop", item["name"], 0.0 - item["metric_difference"], "at most", 0.01),
             gate("min_agreement", item["name"], item["agreement"], "at least", 0.98),
             gate("min_cosine", item["name"], item["cosine"], "at least", 0.99),
         )
@@ -167,9 +169,10 @@ def passing_run() -> dict[str, Any]:
     finetuned = {
         "strategy": "lora",
         "metric": "accuracy",
-        "validation_accuracy": 0.8612,
-        "majority_baseline": 0.1,
-        "probe_validation_accuracy": 0.846,
+        "validation_metric": 0.8612,
+        "constant_baseline": 0.1,
+        "constant": "majority class",
+        "probe_validation_metric": 0.846,
         "best_epoch": 5,
         "trainable_parameters": 612_298,
         "total_parameters": 4_030_706,
@@ -179,11 +182,11 @@ def passing_run() -> dict[str, Any]:
         "history": history(),
         "seconds": {"frozen": 9.0, "training": 132.2},
         "ladder": [
-            {"strategy": "feature-extraction", "validation_accuracy": 0.846, "seconds": 9.0, "gain": None, "kept": True,
+            {"strategy": "feature-extraction", "validation_metric": 0.846, "seconds": 9.0, "gain": None, "kept": True,
              "reason": "the start"},
-            {"strategy": "lora", "validation_accuracy": 0.8612, "seconds": 132.2, "kept": True, "reason": "+1.5 points",
+            {"strategy": "lora", "validation_metric": 0.8612, "seconds": 132.2, "kept": True, "reason": "+1.5 points",
              "gain": {"difference": 0.0152, "low": 0.002, "high": 0.029, "confidence": 0.9}},
-            {"strategy": "lp-ft", "validation_accuracy": None, "seconds": 3.0, "gain": None, "kept": False,
+            {"strategy": "lp-ft", "validation_metric": None, "seconds": 3.0, "gain": None, "kept": False,
              "reason": "training diverged; lora is kept"},
         ],
         "against_raw": {
@@ -215,20 +218,20 @@ def passing_run() -> dict[str, Any]:
                 "name": "onnx-int8-static",
                 "accepted": True,
                 "reason": "",
-                "accuracy": 0.858,
-                "reference_accuracy": 0.861,
+                "metric": 0.858,
+                "reference_metric": 0.861,
             },
             {
                 "name": "onnx-int8-dynamic",
                 "accepted": False,
                 "reason": "accuracy fell 3.4 points on the validation split; its budget is 1.0 point",
-                "accuracy": 0.827,
-                "reference_accuracy": 0.861,
+                "metric": 0.827,
+                "reference_metric": 0.861,
             },
         ],
     }
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run": "fashion-mnist",
         "status": "passed",
         "created_at": "2026-11-24T02:44:10+00:00",

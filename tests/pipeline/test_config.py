@@ -11,6 +11,7 @@ import yaml
 from models.errors import ConfigError
 from pipeline.config import RECIPES, PipelineConfig, load_config
 from pipeline.init import write_config
+from stages.artifact import SCHEMA_VERSION
 
 GOOD = "task: image-classification\nbackbone: timm:tf_efficientnet_lite0\ndata:\n  source: demo:fashion-mnist\n"
 
@@ -128,7 +129,7 @@ def test_another_run_is_looked_for_beside_the_file_and_must_be_one(tmp_path: Pat
         load_config(file)
     merged = tmp_path / "runs/first/merge-lora"
     merged.mkdir(parents=True)
-    manifest = {"schema_version": 1, "stage": "merge-lora", "files": {}, "gates": []}
+    manifest = {"schema_version": SCHEMA_VERSION, "stage": "merge-lora", "files": {}, "gates": []}
     (merged / "manifest.json").write_text(json.dumps(manifest))
     config, _ = load_config(file)
     assert config.finetune.from_run == str(tmp_path / "runs/first")

@@ -115,8 +115,8 @@ def pipelines_own(task: TaskName, inputs: Sequence[str]) -> list[dict[str, Any]]
     """What the merged PyTorch network says of the same inputs."""
     import torch
 
-    from models.bundle import probabilities_from_logits
     from models.checkpoint import load_checkpoint
+    from models.tasks.single_label import probabilities_from_logits
     from tests.stages.chain import made
 
     checkpoint = load_checkpoint(made(task)["merge-lora"].folder / "checkpoint")

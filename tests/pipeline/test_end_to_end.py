@@ -69,8 +69,8 @@ def test_adapting_beats_the_probe_within_its_allowance_and_int8_ships(finished: 
     _, folder = finished
     finetune, validate = measured(folder, "finetune"), measured(folder, "validate")
     assert finetune["strategy"] == "lora"
-    assert finetune["validation_accuracy"] >= finetune["probe_validation_accuracy"]
-    assert validate["reference"]["accuracy"] > 0.8
+    assert finetune["validation_metric"] >= finetune["probe_validation_metric"]
+    assert validate["reference"]["metric"] > 0.8
     int8 = [one for one in validate["candidates"] if one["precision"] == "int8"]
     assert int8
     assert all(one["size_bytes"] < 0.75 * validate["reference"]["size_bytes"] for one in int8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.registry import resolve
 from pipeline.progress import QuietProgress
-from stages.artifact import Artifact, digest_files
+from stages.artifact import SCHEMA_VERSION, Artifact, digest_files
 from stages.base import Progress, StageContext
 from stages.data.splits import DataSplits, Example, SplitName
 from tests.models.tiny import WORDS, hf_audio_folder, hf_text_folder, image_backbone, recording, saved_checkpoint
@@ -121,4 +121,4 @@ def make_context(
 
 def artifact_of(stage: str, folder: Path) -> Artifact:
     """A folder as the runner would have committed it."""
-    return Artifact(stage, folder, {"schema_version": 1, "stage": stage, "files": digest_files(folder)})
+    return Artifact(stage, folder, {"schema_version": SCHEMA_VERSION, "stage": stage, "files": digest_files(folder)})

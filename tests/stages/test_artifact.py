@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 
 from models.errors import IntegrityError
-from stages.artifact import MANIFEST, commit_folder, digest_files, read_artifact, verify_files, write_json
+from stages.artifact import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    commit_folder,
+    digest_files,
+    read_artifact,
+    verify_files,
+    write_json,
+)
 
 
 def commit(folder: Path, text: str = "one") -> Path:
     scratch, final = folder / "scratch", folder / "final"
     (scratch / "sub").mkdir(parents=True)
     (scratch / "sub/a.txt").write_text(text)
-    commit_folder(scratch, final, {"schema_version": 1, "files": digest_files(scratch)})
+    commit_folder(scratch, final, {"schema_version": SCHEMA_VERSION, "files": digest_files(scratch)})
     return final
 
 

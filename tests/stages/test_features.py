@@ -11,19 +11,21 @@ from safetensors.torch import load_file, save_file
 
 from models.classifier import Classifier
 from models.errors import TrainingError
+from models.tasks.single_label import SingleLabel
 from stages.data.splits import DataSplits
 from stages.features.compute import compute_features, read_cached, remove_oldest
 from stages.features.probe import (
     REGULARIZATIONS,
     cross_validate,
     fit_probe,
-    folds_of,
-    predict_by_neighbours,
+    outputs_of_neighbours,
     score_head,
 )
 from stages.finetune import Finetune, FinetuneConfig
 from tests.models.tiny import classifier_of, image_backbone
 from tests.stages.small_run import QuietProgress, made_up_data, make_context
+
+TASK = SingleLabel()
 
 CONFIG = FinetuneConfig(strategy="feature-extraction")
 
@@ -45,7 +47,7 @@ def test_another_run_on_the_same_content_computes_nothing(
     first = Finetune().run(make_context(tmp_path, "out", data), CONFIG)
     monkeypatch.setattr(Classifier, "features", refuse)
     again = Finetune().run(make_context(tmp_path, "another", data), CONFIG)
-    assert again.measurements["validation_accuracy"] == first.measurements["validation_accuracy"]
+    assert again.measurements["validation_metric"] == first.measurements["validation_metric"]
 
 
 @pytest.mark.parametrize("what", ["data", "backbone", "preprocessing", "versions", "file"])
@@ -81,7 +83,7 @@ def test_a_cache_that_cannot_be_written_changes_nothing(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     result = Finetune().run(make_context(tmp_path, "out", data), CONFIG)
-    assert result.measurements["validation_accuracy"] > 0.5
+    assert result.measurements["validation_metric"] > 0.5
 
 
 def test_what_was_used_longest_ago_is_removed(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_the_probe_equals_scikit_learn_on_standardised_features(classes: int) ->
     from sklearn.preprocessing import StandardScaler
 
     features, labels = blobs(classes, 120)
-    probe = fit_probe(features[:80], labels[:80], classes)
+    probe = fit_probe(features[:80], labels[:80], classes, TASK)
     line = make_pipeline(StandardScaler(), LogisticRegression(C=probe.regularization, max_iter=300))
     wanted = line.fit(features[:80], labels[:80]).predict_proba(features[80:])
     found = np.exp(features[80:] @ probe.weight.T + probe.bias)
@@ -129,7 +131,7 @@ def test_the_probe_equals_scikit_learn_on_standardised_features(classes: int) ->
     folds = cross_validate(
         line, features[:80], labels[:80], cv=StratifiedKFold(5), scoring=("accuracy", "neg_log_loss")
     )
-    assert probe.cv_accuracy == pytest.approx(folds["test_accuracy"].mean(), abs=1 / 80 + 1e-9)
+    assert probe.cv_metric == pytest.approx(folds["test_accuracy"].mean(), abs=1 / 80 + 1e-9)
     best = min(probe.table, key=lambda entry: entry["loss"])
     assert best["regularization"] == probe.regularization
     assert best["loss"] == pytest.approx(-folds["test_neg_log_loss"].mean(), rel=0.05)  # scaled in the fold there
@@ -138,24 +140,24 @@ def test_the_probe_equals_scikit_learn_on_standardised_features(classes: int) ->
 def test_regularisation_is_chosen_by_what_the_data_needs() -> None:
     clear, labels = blobs(3, 90, spread=0.3)
     noise = np.random.default_rng(1).normal(size=(90, 200)).astype(np.float32)
-    assert fit_probe(clear, labels, 3).regularization > fit_probe(noise, labels, 3).regularization
+    assert fit_probe(clear, labels, 3, TASK).regularization > fit_probe(noise, labels, 3, TASK).regularization
 
 
 def test_a_class_with_one_example_and_a_split_with_one_of_each() -> None:
     features, _ = blobs(2, 11)
     rare = np.array([0] * 5 + [2] + [1] * 5)
-    probe = fit_probe(features, rare, 3)
+    probe = fit_probe(features, rare, 3, TASK)
     assert len(probe.table) == len(REGULARIZATIONS) and probe.weight.shape == (3, 6)
-    single = fit_probe(features[:3], np.array([0, 1, 2]), 3)
-    assert single.cv_accuracy is None and single.table == [] and not list(folds_of(np.array([0, 1, 2])))
-    without = cross_validate(features, np.array([0] * 10 + [1]), 2)
+    single = fit_probe(features[:3], np.array([0, 1, 2]), 3, TASK)
+    assert single.cv_metric is None and single.table == [] and not TASK.folds(np.array([0, 1, 2]), 5)
+    without = cross_validate(features, np.array([0] * 10 + [1]), 2, TASK)
     assert all(np.isfinite(entry["loss"]) for entry in without)
 
 
 def test_score_of_a_head() -> None:
     weight, bias = np.eye(2, dtype=np.float32), np.zeros(2, np.float32)
     features = np.array([[9, 0], [0, 9], [9, 0]], np.float32)
-    correct, loss = score_head(weight, bias, features, np.array([0, 1, 1]))
+    correct, loss = score_head(weight, bias, features, np.array([0, 1, 1]), TASK)
     assert correct.tolist() == [True, True, False]
     assert loss == pytest.approx(3.0, abs=1e-3)
 
@@ -164,7 +166,7 @@ def test_neighbours_vote_by_their_similarity() -> None:
     """Counted one by one."""
     features, labels = blobs(3, 200)
     train, other = features[:120], features[120:]
-    voted = predict_by_neighbours(train, labels[:120], other)
+    voted = outputs_of_neighbours(train, labels[:120], other, int(labels.max()) + 1, TASK).argmax(1)
     cosine = (other / np.linalg.norm(other, axis=1, keepdims=True)) @ (
         train / np.linalg.norm(train, axis=1, keepdims=True)
     ).T

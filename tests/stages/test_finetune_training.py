@@ -116,8 +116,8 @@ def see(recorder: Recorder, model: nn.Linear, epoch: int, accuracy: float, loss:
     """One epoch whose weights are all `epoch`."""
     with torch.no_grad():
         model.weight.fill_(epoch)
-    recorder.correct = np.array([True, False, epoch == 3])
-    recorder.see_epoch(epoch, {"eval_accuracy": accuracy, "eval_loss": loss}, model)
+    recorder.scores = np.array([1.0, 0.0, float(epoch == 3)])
+    recorder.see_epoch(epoch, {"eval_metric": accuracy, "eval_loss": loss}, model)
 
 
 def test_the_best_epoch_is_kept_and_ties_go_to_the_lower_loss(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_the_best_epoch_is_kept_and_ties_go_to_the_lower_loss(tmp_path: Path) ->
     see(recorder, model, 5, 0.6, 0.1)
     assert recorder.should_stop()
     trained = Recorder(tmp_path, PLAN).restore_best(model)  # from disk, as a resumed run would
-    assert trained.best_epoch == 3 and trained.correct is not None
-    assert trained.correct.tolist() == [True, False, True]
+    assert trained.best_epoch == 3 and trained.scores is not None
+    assert trained.scores.tolist() == [1.0, 0.0, 1.0]
     assert torch.equal(model.weight, torch.full((2, 2), 3.0))
 
 

@@ -154,7 +154,7 @@ def bench_of(tmp_path: Path, config: QuantizeConfig) -> Workbench:
     context = context_of(tmp_path / "out", {}, examples=())
     context = replace(context, data=DataSplits(tuple("abcd"), splits, {}))  # type: ignore[arg-type]
     model = fragile_network()
-    checkpoint: Any = SimpleNamespace(processing=Arrays())
+    checkpoint: Any = SimpleNamespace(processing=Arrays(), spec=SimpleNamespace(task="image-classification"))
     onnx.save(model, tmp_path / "fp32.onnx")
     with OnnxRuntimeSession(tmp_path / "fp32.onnx") as session:
         logits = session.infer({"x": contents[:96]})["logits"]
@@ -314,6 +314,6 @@ def test_ranges_are_merged_over_batches_and_must_be_finite(tmp_path: Path) -> No
 
 def test_a_drop_that_equals_the_budget_is_inside() -> None:
     """0.868 − 0.858 is above 0.01 in floating point; counts are not."""
-    measured = {"accuracy_drop": (434 - 429) / 500, "agreement": 1.0, "share_int8_macs": 1.0}
+    measured = {"metric_drop": (434 - 429) / 500, "metric_name": "accuracy", "agreement": 1.0, "share_int8_macs": 1.0}
     assert outside_budget(QuantizeConfig(max_metric_drop=0.01), measured) == ""
     assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.statistics import smallest_visible_drop, tango_interval
+from stages.statistics import paired_interval, smallest_visible_drop, tango_interval
 
 Z95 = 1.959964
 
@@ -71,9 +71,29 @@ def test_the_interval_covers_the_true_difference() -> None:
 
 
 def test_the_smallest_visible_drop_is_the_known_sample_size_solved_for_the_margin() -> None:
-    assert smallest_visible_drop(0.05, 4282) == pytest.approx(0.01, rel=0.01)
-    assert smallest_visible_drop(0.10, 2141) == pytest.approx(0.02, rel=0.01)
+    assert smallest_visible_drop(*flipped(214, 4282)) == pytest.approx(0.01, rel=0.01)
+    assert smallest_visible_drop(*flipped(214, 2141)) == pytest.approx(0.02, rel=0.01)
+    finer = np.linspace(-1, 1, 1000)  # of variance 1/3
+    assert smallest_visible_drop(finer, np.zeros(1000)) == pytest.approx(math.sqrt(8.56 / 3000), rel=0.01)
 
 
 def test_no_flip_is_no_proof_that_flips_cannot_happen() -> None:
-    assert smallest_visible_drop(0.0, 300) == smallest_visible_drop(0.01, 300) > 0
+    assert smallest_visible_drop(*flipped(0, 300)) == smallest_visible_drop(*flipped(3, 300)) > 0
+
+
+def flipped(count: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of two networks that differ on so many samples."""
+    right = np.ones(samples)
+    return right, np.where(np.arange(samples) < count, 0.0, 1.0)
+
+
+def test_scores_between_right_and_wrong_have_students_interval() -> None:
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        before = random.uniform(0, 1, 80)
+        found = before + random.exponential(0.2, 80) - 0.25  # skewed, of mean −0.05
+        low, high = paired_interval(found, before)
+        held.append(low <= -0.05 <= high)
+    assert 0.92 <= sum(held) / len(held) <= 0.975
+    assert paired_interval(*flipped(11, 200)) == tango_interval(11, 0, 200)

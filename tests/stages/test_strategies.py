@@ -172,7 +172,7 @@ def test_a_phase_that_makes_it_worse_is_taken_back(
         trained = real(strategy, network, setup, rates, folder, epochs)
         if folder.name == "phase-2":
             for entry in trained.history:
-                entry["validation_accuracy"] = 0.0
+                entry["validation_metric"] = 0.0
             network.task_head.weight.data.zero_()
         return trained
 
@@ -226,8 +226,8 @@ def test_wise_ft_keeps_the_best_share_of_the_change(tmp_path: Path, data: DataSp
     result = Finetune().run(make_context(tmp_path, "out", data), config)
     curve = result.measurements["wise_ft"]
     assert [row["alpha"] for row in curve] == list(ALPHAS)
-    assert result.measurements["validation_accuracy"] == max(row["validation_accuracy"] for row in curve)
-    assert curve[-1]["validation_accuracy"] == max(e["validation_accuracy"] for e in result.measurements["history"])
+    assert result.measurements["validation_metric"] == max(row["validation_metric"] for row in curve)
+    assert curve[-1]["validation_metric"] == max(e["validation_metric"] for e in result.measurements["history"])
 
 
 @pytest.mark.parametrize("strategy", ["lora", "lp-ft"])
@@ -257,8 +257,8 @@ def test_between_start_and_end_lie_both(tmp_path: Path, data: DataSplits, strate
 
 def attempt(strategy: Any, right: int, of: int = 400) -> Attempt:
     """An attempt that has the first `right` of the validation examples right; none where it diverged."""
-    correct = np.arange(of) < right if right else None
-    return Attempt(strategy, cast(Classifier, nn.Module()), correct, 10.0, 1, diverged=None if right else "NaN")
+    scores = (np.arange(of) < right).astype(float) if right else None
+    return Attempt(strategy, cast(Classifier, nn.Module()), scores, 10.0, 1, diverged=None if right else "NaN")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_gain_that_few_examples_cannot_tell_from_none_is_not_worth_it(
 
 
 def test_gain_is_paired() -> None:
-    one, other = np.array([1, 1, 0, 1] * 50, bool), np.array([1, 0, 1, 0] * 50, bool)
+    one, other = np.array([1.0, 1, 0, 1] * 50), np.array([1.0, 0, 1, 0] * 50)
     gain = gain_of(one, other, 0.95)
     assert gain.difference == pytest.approx(0.25) and 0 < gain.low < 0.25 < gain.high
     assert gain_of(one, one, 0.95).difference == 0

@@ -76,7 +76,7 @@ def test_the_strategy_is_compared_with_training_from_scratch(tmp_path: Path, dat
     result = Finetune().run(make_context(tmp_path, "out", data), config)
     half, whole = result.measurements["against_scratch"]
     assert (half["examples"], whole["examples"]) == (18, 36)
-    assert whole["tuned"] == result.measurements["validation_accuracy"]
+    assert whole["tuned"] == result.measurements["validation_metric"]
     assert whole["gain"]["difference"] == pytest.approx(whole["tuned"] - whole["scratch"])
     assert len([note for note in result.notes if "training from scratch" in note]) == 2
     # The same bytes as without the comparison: it is a measurement, not a part of the result.
@@ -99,7 +99,7 @@ def finished_run(root: Path, data: DataSplits) -> Path:
     """A run folder up to merge-lora, with the manifests that a runner writes."""
     import json
 
-    from stages.artifact import Artifact, digest_files
+    from stages.artifact import SCHEMA_VERSION, Artifact, digest_files
     from stages.merge_lora import MergeLora, MergeLoraConfig
 
     run = root / "first"
@@ -109,7 +109,7 @@ def finished_run(root: Path, data: DataSplits) -> Path:
     inputs = {"finetune": Artifact("finetune", context.output, {"files": digest_files(context.output)})}
     merged = make_context(root, "first/merge-lora", data, inputs=inputs)
     result = MergeLora().run(merged, MergeLoraConfig())
-    manifest = {"schema_version": 1, "stage": "merge-lora", "files": digest_files(merged.output)}
+    manifest = {"schema_version": SCHEMA_VERSION, "stage": "merge-lora", "files": digest_files(merged.output)}
     gates = [gate.to_dict() for gate in result.gates]
     (merged.output / "manifest.json").write_text(json.dumps({**manifest, "gates": gates, "inputs": {}}))
     return run
@@ -128,7 +128,7 @@ def test_a_run_starts_from_another_and_says_what_that_is_worth(tmp_path: Path, d
     result = Finetune().run(make_context(tmp_path, "second", data), config)
     direct = result.measurements["against_direct"]
     assert direct["run"] == "first"
-    assert direct["probe"] == result.measurements["probe_validation_accuracy"]
+    assert direct["probe"] == result.measurements["probe_validation_metric"]
     assert direct["probe_gain"]["difference"] == pytest.approx(direct["probe"] - direct["direct_probe"])
     assert direct["tuned_gain"]["difference"] == pytest.approx(direct["tuned"] - direct["direct_tuned"])
     assert len([note for note in result.notes if note.startswith("through first ")]) == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from models.errors import DataError
+from models.tasks.single_label import SingleLabel
 from pipeline.progress import QuietProgress
 from stages.features.probe import fit_probe, score_head
 from stages.transferability.scores import (
@@ -21,6 +22,8 @@ from stages.transferability.scores import (
     log_me,
     make_folds,
 )
+
+TASK = SingleLabel()
 
 
 def made_up(examples: int, features: int, classes: int = 3, signal: float = 1.0, seed: int = 0) -> Any:
@@ -189,7 +192,7 @@ def test_the_probe_is_the_minimum_of_its_objective() -> None:
 
     found = minimize(loss, np.zeros(15), method="BFGS", options={"gtol": 1e-6})
     expected = softmax(logits(found.x), axis=1)
-    probe = fit_probe(features, labels, 3, 0.3)
+    probe = fit_probe(features, labels, 3, TASK, 0.3)
     assert softmax(features @ probe.weight.T + probe.bias, axis=1) == pytest.approx(expected, abs=2e-3)
 
 
@@ -197,8 +200,8 @@ def test_the_probe_never_sees_what_it_is_judged_on() -> None:
     """With more features than examples it can learn any labels by heart; held out, random ones stay random."""
     random = np.random.default_rng(0)
     features, labels = random.normal(size=(200, 400)).astype(np.float32), random.permutation(np.arange(200) % 2)
-    probe = fit_probe(features, labels, 2, 1.0)
-    assert score_head(probe.weight, probe.bias, features, labels)[0].all()
+    probe = fit_probe(features, labels, 2, TASK, 1.0)
+    assert score_head(probe.weight, probe.bias, features, labels, TASK)[0].all()
     judged = judge_probe(features, labels, make_folds(labels, 0), 0, QuietProgress(), "x")
     assert 0.35 < judged.accuracy < 0.65  # ± 4 standard deviations
 
@@ -209,8 +212,8 @@ def test_the_probe_is_judged_fold_by_fold() -> None:
     judged = judge_probe(features, labels, folds, 0, QuietProgress(), "x")
     for learn, judge in folds:
         strength = choose_regularization(features[learn], labels[learn], 3, 0)
-        probe = fit_probe(features[learn], labels[learn], 3, strength)
-        expected, _ = score_head(probe.weight, probe.bias, features[judge], labels[judge])
+        probe = fit_probe(features[learn], labels[learn], 3, TASK, strength)
+        expected, _ = score_head(probe.weight, probe.bias, features[judge], labels[judge], TASK)
         assert (judged.correct[judge] == expected).all()
     assert judged.accuracy == judged.correct.mean()
 

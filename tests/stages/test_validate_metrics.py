@@ -11,10 +11,13 @@ import pytest
 
 from models.modalities.vision import ImageProcessing
 from models.spec import IOSpec, TensorSpec
+from models.tasks.single_label import SingleLabel
 from pipeline.progress import QuietProgress
 from stages.latency import measure_latency
 from stages.validate.metrics import NUMBERS, Outputs, collect_outputs, compare, confusion_of, output_problem
 from tests.stages.chain import test_split as examples_of
+
+TASK = SingleLabel()
 
 IO = IOSpec((TensorSpec("image", "uint8", ("batch", 8, 8, 3)),), (TensorSpec("logits", "float32", ("batch", 3)),))
 GOOD = np.array([[2, 0, -1], [0, 3, 1], [1, 0, 2], [4, 1, 0]], np.float32)
@@ -46,9 +49,9 @@ def zeros(*shape: int) -> np.ndarray:
 
 
 def test_equal_logits_have_no_error() -> None:
-    found = compare(Outputs(GOOD), Outputs(GOOD.copy()), LABELS)
+    found = compare(Outputs(GOOD), Outputs(GOOD.copy()), LABELS, TASK)
     assert set(found) == {"problem", *NUMBERS}
-    assert (found["accuracy"], found["accuracy_difference"], found["agreement"], found["flips"]) == (0.75, 0.0, 1.0, 0)
+    assert (found["metric"], found["metric_difference"], found["agreement"], found["flips"]) == (0.75, 0.0, 1.0, 0)
     assert (found["max_abs_error"], found["relative_error"], found["kl"]) == (0.0, 0.0, 0.0)
     assert found["cosine"] == pytest.approx(1.0)
     assert found["sqnr_db"] == 300.0
@@ -58,7 +61,7 @@ def test_equal_logits_have_no_error() -> None:
 def test_known_errors_give_known_numbers() -> None:
     shifted = GOOD.copy()
     shifted[0, 0] += 0.5
-    found = compare(Outputs(shifted), Outputs(GOOD), LABELS)
+    found = compare(Outputs(shifted), Outputs(GOOD), LABELS, TASK)
     assert found["max_abs_error"] == 0.5
     assert found["mean_abs_error"] == pytest.approx(0.5 / 12)
     assert found["relative_error"] == pytest.approx(0.5 / 5)
@@ -67,7 +70,7 @@ def test_known_errors_give_known_numbers() -> None:
 
 
 def test_halved_logits_keep_the_classes_and_are_seen_all_the_same() -> None:
-    found = compare(Outputs(GOOD / 2), Outputs(GOOD), LABELS)
+    found = compare(Outputs(GOOD / 2), Outputs(GOOD), LABELS, TASK)
     assert found["agreement"] == 1.0
     assert found["cosine"] == pytest.approx(1.0)
     assert found["sqnr_db"] == pytest.approx(6.02, abs=0.01)
@@ -76,11 +79,11 @@ def test_halved_logits_keep_the_classes_and_are_seen_all_the_same() -> None:
 def test_gains_and_losses_are_counted_apart() -> None:
     other = GOOD[[0, 2, 1, 3]].copy()
     other[3] = [0, 5, 0]  # right where the reference is wrong; samples 1 and 2 are now wrong
-    found = compare(Outputs(other), Outputs(GOOD), LABELS)
+    found = compare(Outputs(other), Outputs(GOOD), LABELS, TASK)
     assert found["flips"] == 3
-    assert found["accuracy_difference"] == pytest.approx(-0.25)
-    low, high = found["accuracy_difference_interval"]
-    assert low < found["accuracy_difference_bound"] < -0.25 < high
+    assert found["metric_difference"] == pytest.approx(-0.25)
+    low, high = found["metric_difference_interval"]
+    assert low < found["metric_difference_bound"] < -0.25 < high
 
 
 @pytest.mark.parametrize(
@@ -93,13 +96,13 @@ def test_gains_and_losses_are_counted_apart() -> None:
     ],
 )
 def test_no_evidence_gives_no_number(found: Outputs, wanted: Outputs, message: str) -> None:
-    result = compare(found, wanted, LABELS)
+    result = compare(found, wanted, LABELS, TASK)
     assert message in result["problem"]
     assert all(result[name] is None for name in NUMBERS)
 
 
 def test_a_reference_of_zeros_has_neither_range_nor_signal() -> None:
-    result = compare(Outputs(zeros(4, 3)), Outputs(zeros(4, 3)), LABELS)
+    result = compare(Outputs(zeros(4, 3)), Outputs(zeros(4, 3)), LABELS, TASK)
     assert result["relative_error"] is None
     assert result["sqnr_db"] is None
     assert result["cosine"] is None
@@ -132,7 +135,7 @@ def test_all_samples_are_run_once_in_batches() -> None:
     outputs = collect_outputs(
         runtime, ImageProcessing(8, 8), examples_of("image-classification", 10), IO, 4, QuietProgress(), "fake"
     )
-    assert outputs.logits is not None and outputs.logits.shape == (10, 3)
+    assert outputs.values is not None and outputs.values.shape == (10, 3)
     assert runtime.sizes == [4, 4, 2]
 
 

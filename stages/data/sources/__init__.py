@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from models.errors import ConfigError, DataError, Problem
+from models.tasks import Task
 from stages.data.config import DataConfig
 from stages.data.sources.base import Source, nearest
 from stages.data.sources.from_demo import DEMOS, check_demo, read_demo
@@ -14,8 +15,8 @@ from stages.data.sources.from_hub import read_hub
 from stages.data.sources.from_table import TABLE_SUFFIXES, read_table
 
 
-def read_source(config: DataConfig, modality: str) -> Source:
-    """All rows of a source. `modality`: `image` or `text`.
+def read_source(config: DataConfig, modality: str, task: Task) -> Source:
+    """All rows of a source. `modality`: `image`, `text` or `audio`.
 
     Raises:
         ConfigError: the source is not there, or of no known kind.
@@ -25,12 +26,12 @@ def read_source(config: DataConfig, modality: str) -> Source:
     check_source(config.source, modality)
     prefix, _, name = config.source.partition(":")
     if prefix == "demo":
-        return read_demo(name, modality)
+        return read_demo(name, task)
     if prefix == "hf":
-        return read_hub(name, config, modality)
+        return read_hub(name, config, modality, task)
     path = Path(os.path.expanduser(config.source))
     try:
-        return read_folder(path, modality) if path.is_dir() else read_table(path, config, modality)
+        return read_folder(path, modality, task) if path.is_dir() else read_table(path, config, modality, task)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.errors import DataError
+from models.tasks import Label
 from stages.data.splits import SplitName
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Row:
     """
 
     content: Content
-    label: str
+    label: Label
     origin: str
     split: SplitName | None = None
     problem: str = ""

@@ -6,18 +6,28 @@ import gzip
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import ConfigError, MissingCapabilityError, Problem
-from stages.data.sources.base import PLURALS, Row, Source, nearest
-from stages.data.splits import SPLITS
+from models.errors import ConfigError, DataError, MissingCapabilityError, Problem
+from models.tasks import Task
+from stages.data.sources.base import PLURALS, Row, Source, nearest, unusable
+from stages.data.splits import SPLITS, SplitName
 
 if TYPE_CHECKING:
     import numpy as np
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
-DEMOS = {"fashion-mnist": "image", "wordnet-topics": "text", "asterisk-prompts": "audio"}
+DEMOS = {
+    "fashion-mnist": "image",
+    "fashion-mnist-grids": "image",
+    "wordnet-topics": "text",
+    "wordnet-senses": "text",
+    "wordnet-relations": "text",
+    "wordnet-similarity": "text",
+    "asterisk-prompts": "audio",
+}
 """Name → modality."""
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -50,14 +60,22 @@ def check_demo(name: str, modality: str) -> None:
         raise ConfigError([Problem("data.source", message, f"take {fitting}, or change the task")])
 
 
-def read_demo(name: str, modality: str) -> Source:
+def read_demo(name: str, task: Task) -> Source:
     """A demo data set, with its own splits where it has any. The name is one that `check_demo` passed."""
-    if modality == "audio":
-        return Source(tuple(demo_prompts()))
-    return Source(tuple(demo_texts(name) if modality == "text" else demo_images(name)))
+    readers = {"text": demo_texts, "audio": demo_prompts, "image": demo_images}
+    read = demo_grids if name == "fashion-mnist-grids" else readers[DEMOS[name]]
+    return Source(tuple(labelled(row, task) for row in read(name)))
 
 
-def demo_prompts() -> Iterator[Row]:
+def labelled(row: Row, task: Task) -> Row:
+    """The row with its label as the task reads it."""
+    try:
+        return replace(row, label=task.read(row.label))
+    except DataError as error:
+        return unusable(row.origin, f"the label {error}")
+
+
+def demo_prompts(name: str) -> Iterator[Row]:
     """Recordings of the prompts of a telephone exchange, by what they are for; the package has no splits.
 
     Raises:
@@ -71,19 +89,19 @@ def demo_prompts() -> Iterator[Row]:
             "in a clone: make prompts"
         )
     for path in sorted(folder.rglob("*.wav")):
-        name = path.relative_to(folder).as_posix()
-        label = next((label for start, label in PROMPT_KINDS.items() if name.startswith(start)), None)
+        prompt = path.relative_to(folder).as_posix()
+        label = next((label for start, label in PROMPT_KINDS.items() if prompt.startswith(start)), None)
         if label is not None:
-            yield Row(path, label, f"asterisk-prompts/{name}")
+            yield Row(path, label, f"{name}/{prompt}")
 
 
 def demo_texts(name: str) -> Iterator[Row]:
-    """Rows of the gzipped TSV files: label, tab, text."""
+    """Rows of the gzipped TSV files: label, tab, text; or label and two texts."""
     for split in SPLITS:
         lines = gzip.decompress((DEMO_FOLDER / f"{name}.{split}.tsv.gz").read_bytes()).decode().split("\n")
         for number, line in enumerate(lines[:-1], 1):
-            label, _, text = line.partition("\t")
-            yield Row(text, label, f"{name}/{split}:{number}", split)
+            label, text, *second = line.split("\t")
+            yield Row((text, second[0]) if second else text, label, f"{name}/{split}:{number}", split)
 
 
 def demo_images(name: str) -> Iterator[Row]:
@@ -93,6 +111,29 @@ def demo_images(name: str) -> Iterator[Row]:
         labels = read_idx(DEMO_FOLDER / f"{name}.{split}.labels.idx.gz")
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield Row(image, FASHION_LABELS[int(label)], f"{name}/{split}[{number}]", split)
+
+
+def demo_grids(name: str) -> Iterator[Row]:
+    """Pictures of one to three garments in the cells of a two by two grid, with all their labels: uint8 (56, 56). Made
+    of the images of fashion-mnist, as MultiMNIST is of MNIST's (Sabour et al. 2017, arXiv 1710.09829); each garment is
+    in one picture only, so that none is in two splits."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    garments: dict[SplitName, list[Row]] = {split: [] for split in SPLITS}
+    for row in demo_images("fashion-mnist"):
+        garments[row.split or "train"].append(row)
+    for split, rows in garments.items():
+        left = [rows[index] for index in random.permutation(len(rows))]
+        number = 0
+        while left:
+            some = [left.pop() for _ in range(min(int(random.integers(1, 4)), len(left)))]
+            grid = np.zeros((2, 28, 2, 28), np.uint8)
+            for cell, garment in zip(random.permutation(4), some, strict=False):
+                grid[cell // 2, :, cell % 2] = np.asarray(garment.content)
+            labels = tuple(sorted({str(one.label) for one in some}))
+            yield Row(grid.reshape(56, 56), labels, f"{name}/{split}[{number}]", split)
+            number += 1
 
 
 def read_idx(path: Path) -> np.ndarray:

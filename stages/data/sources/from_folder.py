@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import DataError
+from models.tasks import Task
 from stages.data.sources.base import (
     PLURALS,
     SPLIT_ALIASES,
@@ -27,8 +28,8 @@ SUFFIXES = {
 """Modality → endings of the files that are examples."""
 
 
-def read_folder(folder: Path, modality: str) -> Source:
-    """All examples below a folder; what is left out is in the notes.
+def read_folder(folder: Path, modality: str, task: Task) -> Source:
+    """All examples below a folder, with the folder's name as the label; what is left out is in the notes.
 
     Raises:
         DataError: no examples, splits without train, or split folders beside others.
@@ -42,7 +43,7 @@ def read_folder(folder: Path, modality: str) -> Source:
     rows: list[Row] = []
     notes: list[str] = []
     for part, split in parts:
-        found = list(rows_in(part, modality, split))
+        found = list(rows_in(part, modality, split, task))
         if not found:
             raise DataError(
                 f"{part} holds no {modality} files in folders named by label; expected "
@@ -66,19 +67,23 @@ def check_split_folders(folder: Path, inside: list[Path], splits: list[Path]) ->
         raise DataError(f"{folder} has no train folder; found {names}")
 
 
-def rows_in(folder: Path, modality: str, split: SplitName | None) -> Iterator[Row]:
+def rows_in(folder: Path, modality: str, split: SplitName | None, task: Task) -> Iterator[Row]:
     """The examples in `folder/<label>/`, however deep, in the order of their paths."""
     for label in folders_in(folder):
         for path in files_below(label):
             if path.suffix.lower() in SUFFIXES[modality]:
-                yield row_from_file(path, label.name, modality, split)
+                yield row_from_file(path, label.name, modality, split, task)
 
 
-def row_from_file(path: Path, label: str, modality: str, split: SplitName | None) -> Row:
+def row_from_file(path: Path, folder: str, modality: str, split: SplitName | None, task: Task) -> Row:
     """One file as a row; a text is read here, the others only when they are checked."""
     origin = printable(str(path))
     if problem := unicode_problem(str(path)):
         return unusable(origin, f"its name holds what no report can: {problem}; rename it")
+    try:
+        label = task.read(folder)
+    except DataError as error:
+        return unusable(origin, f"the name of its folder {error}; tables take labels of every kind")
     if modality != "text":
         return Row(path, label, origin, split)
     try:

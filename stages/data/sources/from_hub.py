@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, DataError, MissingCapabilityError, Problem
+from models.tasks import Task
 from stages.data.config import DataConfig
 from stages.data.sources.base import SPLIT_ALIASES, Row, Source, check_columns, unusable
 from stages.data.sources.from_table import NAMES, content_of, label_of, wanted_columns
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from models.modalities import Content
 
 
-def read_hub(name: str, config: DataConfig, modality: str) -> Source:
+def read_hub(name: str, config: DataConfig, modality: str, task: Task) -> Source:
     """A data set `<repository>[@<revision>]`, with its splits where it has more than one.
 
     Raises:
@@ -35,7 +36,7 @@ def read_hub(name: str, config: DataConfig, modality: str) -> Source:
         if alias is None and not single:
             notes.append(f"left out: the split {split} of hf:{repository}, which is no {', '.join(SPLIT_ALIASES)}")
             continue
-        for row in rows_from_part(part, f"hf:{repository}/{split}", config, modality):
+        for row in rows_from_part(part, f"hf:{repository}/{split}", config, modality, task):
             rows.append(row if single else Row(row.content, row.label, row.origin, alias, row.problem))
     if not rows:
         raise DataError(f"hf:{name} gives no examples; its splits are {', '.join(known)}")
@@ -62,7 +63,7 @@ def load_from_hub(repository: str, revision: str) -> Any:
         ) from error
 
 
-def rows_from_part(part: Any, place: str, config: DataConfig, modality: str) -> Iterator[Row]:
+def rows_from_part(part: Any, place: str, config: DataConfig, modality: str, task: Task) -> Iterator[Row]:
     """The rows of one split, images and recordings still encoded. Raises `DataError` for a missing column."""
     import datasets
 
@@ -78,12 +79,23 @@ def rows_from_part(part: Any, place: str, config: DataConfig, modality: str) -> 
     for number, record in enumerate(part):
         origin = f"{place}[{number}]"
         try:
-            label = label_of(record[config.label_column], config.label_column)
-            if isinstance(names, datasets.ClassLabel):
-                label = class_name(names, int(label))
-            yield Row(hub_content(record[column], column, modality), label, origin)
+            label = label_of(named(record[config.label_column], names), config.label_column, task)
+            content = hub_content(record[column], column, modality)
+            if pair := options.get("text_pair_column"):
+                content = str(content), str(hub_content(record[pair], pair, modality))
+            yield Row(content, label, origin)
         except DataError as error:
             yield unusable(origin, str(error))
+
+
+def named(value: Any, feature: Any) -> Any:
+    """A label, or a list of them, by name where the data set has them as numbers of classes. Raises `DataError`."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return value if value is None else class_name(feature, int(value))
+    inner = getattr(feature, "feature", None)
+    return [named(one, inner) for one in value] if inner is not None and isinstance(value, list) else value
 
 
 def class_name(names: Any, index: int) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import DataError
+from models.tasks import Label, Task
 from stages.data.config import DataConfig
 from stages.data.sources.base import (
     Row,
@@ -39,7 +40,7 @@ class Table:
     records: Iterable[tuple[str, dict[str, Any] | str]]
 
 
-def read_table(path: Path, config: DataConfig, modality: str) -> Source:
+def read_table(path: Path, config: DataConfig, modality: str, task: Task) -> Source:
     """All rows of a file.
 
     Raises:
@@ -53,7 +54,7 @@ def read_table(path: Path, config: DataConfig, modality: str) -> Source:
         text = text_from_bytes(path.read_bytes())
         table = csv_table(text, path) if suffix == ".csv" else jsonl_table(text, path)
     check_columns(str(path), table.columns, options)
-    rows = tuple(rows_from_table(table, path, config, modality))
+    rows = tuple(rows_from_table(table, path, config, modality, task))
     if not rows:
         raise DataError(f"{path} holds no rows; expected one example a row with {', '.join(options.values())}")
     return Source(rows)
@@ -63,6 +64,8 @@ def wanted_columns(config: DataConfig, modality: str) -> dict[str, str]:
     """Configuration key → column that must be there."""
     key = f"{modality}_column"
     wanted = {key: str(getattr(config, key)), "label_column": config.label_column}
+    if modality == "text" and config.text_pair_column:
+        wanted["text_pair_column"] = config.text_pair_column
     return wanted | ({"split_column": config.split_column} if config.split_column else {})
 
 
@@ -134,17 +137,16 @@ def parquet_table(path: Path, options: dict[str, str]) -> Table:
     return Table(columns, [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
 
 
-def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str) -> Iterator[Row]:
+def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str, task: Task) -> Iterator[Row]:
     """Each record as a row, or as what is wrong with it."""
-    column: str = getattr(config, f"{modality}_column")
     root = path.parent.resolve()
     for place, record in table.records:
         if isinstance(record, str):
             yield unusable(place, printable(record))
             continue
         try:
-            label = label_of(record.get(config.label_column), config.label_column)
-            content = content_of(record.get(column), column, modality, root)
+            label = label_of(record.get(config.label_column), config.label_column, task)
+            content = contents_of(record, config, modality, root)
         except DataError as error:
             yield unusable(place, str(error))
             continue
@@ -153,15 +155,25 @@ def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str)
         yield Row(content, label, origin, split)
 
 
-def label_of(value: Any, column: str) -> str:
-    """A label as text. Raises `DataError` for none."""
-    if value is None or value == "" or value != value:  # NaN is how some tools write "no label"
-        raise DataError(f"{column!r} is empty")
-    if not isinstance(value, str | int | float):
-        raise DataError(f"{column!r} holds {type(value).__name__}; expected a name or a number")
-    if problem := unicode_problem(str(value)):
+def label_of(value: Any, column: str, task: Task) -> Label:
+    """A label of the task's kind. Raises `DataError` for none."""
+    try:
+        label = task.read(None if value != value else value)  # NaN is how some tools write "no label"
+    except DataError as error:
+        raise DataError(f"{column!r} {error}") from error
+    if problem := unicode_problem("".join(map(str, label if isinstance(label, tuple) else (label,)))):
         raise DataError(f"{column!r}: {problem}")
-    return str(value)
+    return label
+
+
+def contents_of(record: Mapping[str, Any], config: DataConfig, modality: str, root: Path) -> Content:
+    """What the network is to be shown of a record: one column, or two texts. Raises `DataError`."""
+    column: str = getattr(config, f"{modality}_column")
+    content = content_of(record.get(column), column, modality, root)
+    if modality != "text" or config.text_pair_column is None:
+        return content
+    second = content_of(record.get(config.text_pair_column), config.text_pair_column, modality, root)
+    return str(content), str(second)
 
 
 def content_of(value: Any, column: str, modality: str, root: Path) -> Content:
