@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.registry import resolve
+from models.tasks import Target
 from pipeline.progress import QuietProgress
 from stages.artifact import SCHEMA_VERSION, Artifact, digest_files
 from stages.base import Progress, StageContext
@@ -62,7 +63,7 @@ def recordings(labels: Sequence[int], random: np.random.Generator) -> list[Any]:
     return [recording(label, random) for label in labels]
 
 
-def split_of(contents: Sequence[Any], labels: Sequence[int]) -> tuple[Example, ...]:
+def split_of(contents: Sequence[Any], labels: Sequence[Target]) -> tuple[Example, ...]:
     """Examples with a digest each."""
     return tuple(
         Example(content, label, hashlib.sha256(f"{index} {content!r}".encode()).hexdigest(), f"made up {index}")

@@ -1,0 +1,121 @@
+"""Every kind of task goes the whole way, from labels to a bundle that verifies, on tiny networks with real runtimes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.bundle import open_bundle
+from models.tasks import Target
+from stages.artifact import Artifact
+from stages.base import StageContext
+from stages.data.splits import DataSplits, SplitName
+from stages.export import Export, ExportConfig
+from stages.finetune import Finetune, FinetuneConfig
+from stages.merge_lora import MergeLora, MergeLoraConfig
+from stages.package import Package, PackageConfig
+from stages.quantize import Quantize, QuantizeConfig
+from stages.validate import Validate, ValidateConfig
+from tests.models.tiny import WORDS
+from tests.stages.small_run import artifact_of, make_context, split_of
+
+COUNTS: dict[SplitName, int] = {"train": 48, "validation": 24, "calibration": 8, "test": 24}
+
+
+def several_labels(index: int) -> tuple[int, ...]:
+    """None, one or two of three labels."""
+    return ((0,), (1,), (2,), (0, 1), (1, 2), ())[index % 6]
+
+
+def text_of(labels: tuple[int, ...], random: np.random.Generator) -> str:
+    """Words at random with one for each label."""
+    return " ".join([*(WORDS[7 + label] for label in labels), *random.choice(WORDS[4:7], 3)])
+
+
+def image_of(labels: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """Noise with a colour channel raised for each label: uint8 (32, 32, 3)."""
+    pixels = random.integers(0, 60, (32, 32, 3))
+    for label in labels:
+        pixels[:, :, label] += 150
+    return np.asarray(pixels, np.uint8)
+
+
+def made_up(task: str) -> DataSplits:
+    """Contents that tell their labels, a number, or which of two texts has the first label."""
+    random = np.random.default_rng(0)
+    splits: dict[SplitName, Any] = {}
+    for name, count in COUNTS.items():
+        contents: list[Any] = []
+        targets: list[Target] = []
+        for index in range(count):
+            many = several_labels(index)
+            if task == "pairs":
+                targets.append(index % 2)
+                both = [text_of((0,), random), text_of((1,), random)]
+                contents.append(tuple(both if index % 2 else both[::-1]))
+            elif task == "text-regression":
+                targets.append(float(len(many)) - 0.5)
+                contents.append(text_of(many, random))
+            else:
+                targets.append(many)
+                contents.append(text_of(many, random) if task.startswith("text") else image_of(many, random))
+        splits[name] = split_of(contents, targets)
+    labels = {"pairs": ("first", "second"), "text-regression": ("value",)}.get(task, ("a", "b", "c"))
+    return DataSplits(labels, splits, {name: f"{task} {name}" for name in splits})
+
+
+GATES = {"min_samples": 24, "max_metric_drop": 0.5, "min_agreement": 0.5, "min_sqnr_db": 5.0}
+
+
+@pytest.mark.parametrize("task", ["text-multilabel", "image-multilabel", "text-regression", "pairs"])
+def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
+    data, kind = made_up(task), "image" if task.startswith("image") else "text"
+    name: Any = "text-classification" if task == "pairs" else task
+    artifacts: dict[str, Artifact] = {}
+    measured: dict[str, dict[str, Any]] = {}
+
+    def run(stage: Any, config: Any) -> None:
+        made: StageContext = replace(make_context(tmp_path, stage.name, data, kind, artifacts), task=name)
+        result = stage.run(made, config)
+        failed = [f"{gate.name}: {gate.message}" for gate in result.gates if not gate.passed]
+        assert not failed, failed
+        artifacts[stage.name] = artifact_of(stage.name, made.output)
+        measured[stage.name] = result.measurements
+
+    run(Finetune(), FinetuneConfig(strategy="lora", epochs=2, batch_size=8, min_gain_over_majority=0.0,
+                                   max_drop_from_probe=2.0))  # fmt: skip
+    run(MergeLora(), MergeLoraConfig())
+    run(Export(), ExportConfig())
+    run(Quantize(), QuantizeConfig.model_validate({"schemes": ["int8-static"], "max_metric_drop": 1.0,
+                                                   "min_agreement": 0.0, "calibration_samples": 8,
+                                                   "min_int8_share": 0.0}))  # fmt: skip
+    run(Validate(), ValidateConfig.model_validate({"latency_calls": 20, "objective": "accuracy", "gates": GATES}))
+    run(Package(), PackageConfig(name="tiny"))
+    metric = {"text-regression": "R²", "pairs": "accuracy"}.get(task, "samples F1")
+    assert measured["finetune"]["metric"] == measured["validate"]["metric_name"] == metric
+    reference = measured["validate"]["reference"]
+    assert reference["metric"] > 0.0 and reference["more_metrics"]
+    with open_bundle(artifacts["package"].folder / "bundle") as bundle:
+        contents = [one.content for one in data["test"]]
+        found = bundle.predict(contents)
+        outputs = bundle.infer(bundle.processing.arrays(contents))
+        chosen = next(one for one in measured["validate"]["candidates"] if one["name"] == bundle.chosen)
+        targets = bundle.kind.targets([one.label for one in data["test"]], len(data.labels))
+        assert bundle.kind.scores(outputs, targets).mean() == pytest.approx(chosen["metric"], abs=1e-6)
+        assert len(found) == 24 and all(isinstance(one.label, str) for one in found)
+        golden = json.loads((bundle.folder / "bundle.json").read_text(encoding="utf-8"))["golden"]["samples"]
+        assert {one["label"] for one in golden} <= {
+            bundle.kind.describe(one.label, data.labels) for one in data["test"]
+        }
+        if task == "pairs":
+            assert [one.name for one in bundle.io.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
+            swapped = bundle.predict([(second, first) for first, second in contents])  # type: ignore[misc]
+            assert [one.probabilities for one in swapped] != [one.probabilities for one in found]
+            assert bundle.processing.from_argument("a good\tred bird") == ("a good", "red bird")
+    card = (artifacts["package"].folder / "bundle/README.md").read_text(encoding="utf-8")
+    assert metric in card and ("Softmax" in card) == (task == "pairs")
