@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, DataError, ModelError, PipelineError, Problem, StageError
 from models.registry import check_task, pin, resolve
+from models.tasks import task_of
+from models.tasks.single_label import SingleLabel
 from pipeline.config import PipelineConfig, load_config, make_config
 from pipeline.machine import REPORTED_PACKAGES, describe_hardware, resolve_device
 from pipeline.report.formats import (
@@ -99,6 +101,10 @@ def read_request(
         config = read_config(file, next(iter(resolved), None), given, settings)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
+    if not isinstance(task_of(config.task), SingleLabel):
+        problems.append(
+            Problem("task", f"rank compares by single classes; {config.task} has none", "take a classification task")
+        )
     for spec in resolved.values():
         try:
             check_task(spec, config.task)

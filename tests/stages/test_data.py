@@ -20,7 +20,7 @@ from models.errors import ConfigError, DataError, MissingCapabilityError
 from stages.data.config import DataConfig
 from stages.data.load import load_data
 from stages.data.sources.base import nearest
-from stages.data.splits import SPLITS, DataSplits, SplitName
+from stages.data.splits import SPLITS, DataSplits, Example, SplitName, digest_of_text
 
 IMAGES, TEXTS = "image-classification", "text-classification"
 
@@ -702,3 +702,94 @@ def test_the_demo_script_makes_the_same_bytes_twice_and_says_what_it_lacks(tmp_p
 def test_nearest_gives_nothing_for_nothing_alike() -> None:
     assert nearest("lable", ["label", "text"]) == "label"
     assert nearest("qqq", ["label", "text"]) == ""
+
+
+# --- labels of other kinds, two texts -----------------------------------------------------------------
+
+
+def test_several_labels_from_a_table(tmp_path: Path) -> None:
+    rows = [f"text {number},{('red;round', 'red', '', 'round')[number % 4]}" for number in range(60)]
+    file = tmp_path / "many.csv"
+    file.write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
+    data = load(file, "text-multilabel")
+    assert data.labels == ("red", "round")
+    found = {str(one.content): one.label for name in SPLITS for one in data[name]}
+    assert len(found) == 60 and {found[f"text {number}"] for number in range(0, 60, 4)} == {(0, 1)}
+    assert found["text 1"] == (0,) and found["text 2"] == () and found["text 3"] == (1,)
+    # The rarest label of an example decides: every split has each label in proportion.
+    for name in SPLITS:
+        assert sum(0 in one.label for one in data[name]) / len(data[name]) == pytest.approx(0.5, abs=0.2)  # type: ignore[operator]
+
+
+def test_several_labels_from_lists(tmp_path: Path) -> None:
+    file = tmp_path / "many.jsonl"
+    rows = [{"text": f"text {number}", "label": (["b", "a"], ["a"])[number % 2]} for number in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = load(file, "text-multilabel")
+    assert {one.label for one in data["train"]} == {(0,), (0, 1)}
+    with pytest.raises(DataError, match="'label' holds list; expected a name .* take a multilabel task"):
+        load(file, TEXTS)
+
+
+def test_numbers_from_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.csv"
+    file.write_text("text,label\n" + "\n".join(f"text {n},{n / 4}" for n in range(40)), encoding="utf-8")
+    data = load(file, "text-regression", validation_fraction=0.25)
+    assert data.labels == ("value",) and sizes(data)["validation"] == 10
+    assert {one.label for name in SPLITS for one in data[name]} == {n / 4 for n in range(40)}
+    file.write_text("text,label\n" + "\n".join(f"text {n},{n}" for n in range(40)) + "\nlast,cheap", encoding="utf-8")
+    with pytest.raises(DataError, match="line 42: 'label' holds 'cheap'; expected a number"):
+        load(file, "text-regression")
+    file.write_text("text,label\n" + "\n".join(f"text {n},1" for n in range(40)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"every example has the same label \(1\)"):
+        load(file, "text-regression")
+
+
+def test_the_name_of_a_folder_can_be_no_number(tmp_path: Path) -> None:
+    image_folder(tmp_path, {"cheap": 3, "5": 3})
+    with pytest.raises(DataError, match="the name of its folder holds 'cheap'; expected a number"):
+        load(tmp_path, "image-regression")
+
+
+def test_two_texts_from_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.csv"
+    rows = [f"one {number},two {number},{'same' if number % 2 else 'other'}" for number in range(40)]
+    file.write_text("text,second,label\n" + "\n".join(rows), encoding="utf-8")
+    data = load(file, TEXTS, text_pair_column="second")
+    assert all(isinstance(one.content, tuple) for one in data["train"])
+    assert ("one 3", "two 3") in {one.content for name in SPLITS for one in data[name]}
+    with pytest.raises(DataError, match="has no column 'secnd'.*did you mean 'second'.*data.text_pair_column"):
+        load(file, TEXTS, text_pair_column="secnd")
+    file.write_text("text,second,label\n" + "\n".join([*rows, "alone,,same"]), encoding="utf-8")
+    with pytest.raises(DataError, match="line 42: 'second' is empty"):
+        load(file, TEXTS, text_pair_column="second")
+    # What is between the two belongs to neither: "ab" + "c" is another pair than "a" + "bc".
+    assert digest_of_text(("ab", "c")) != digest_of_text(("a", "bc"))
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("wordnet-senses", "text-multilabel"), ("wordnet-relations", TEXTS), ("wordnet-similarity", "text-regression")],
+)
+def test_the_other_demos_of_wordnet(name: str, task: str) -> None:
+    data = load(f"demo:{name}", task)
+    assert sizes(data) == {"train": 1200, "validation": 400, "calibration": 200, "test": 1000} and data.notes == ()
+    texts = [text for split in SPLITS for one in data[split] for text in halves(one)]
+    assert len(texts) - len(set(texts)) <= 12  # different synsets with the same definition
+
+
+def halves(example: Example) -> tuple[str, ...]:
+    """The texts of an example."""
+    return example.content if isinstance(example.content, tuple) else (str(example.content),)
+
+
+def test_the_grids_hold_their_garments() -> None:
+    data = load("demo:fashion-mnist-grids", "image-multilabel")
+    assert len(data.labels) == 10 and {len(one.label) for one in data["train"]} == {1, 2, 3}  # type: ignore[arg-type]
+    for one in data["validation"][:50]:
+        assert isinstance(one.content, np.ndarray) and one.content.shape == (56, 56)
+        cells = one.content.reshape(2, 28, 2, 28).any(axis=(1, 3)).sum()
+        assert len(one.label) <= cells <= 3  # type: ignore[arg-type]
+    assert sizes(data)["test"] == pytest.approx(1000, abs=60)
+    with pytest.raises(DataError, match="the label holds .*; expected a number"):
+        load("demo:fashion-mnist-grids", "image-regression")
