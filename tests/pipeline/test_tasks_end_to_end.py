@@ -21,6 +21,9 @@ SHORT = (
 )  # fmt: skip
 """A third of the data: three hundred examples see drops of several points only, so the gates are as wide."""
 
+LONGER = {"text-regression": ("data.max_train_samples=1200", "finetune.strategy=feature-extraction")}
+"""Recipe → what is set otherwise: few pairs say little of how near two definitions are."""
+
 METRICS = {
     "text-multilabel": "samples F1", "text-pairs": "accuracy", "text-regression": "R²", "image-multilabel": "samples F1"
 }  # fmt: skip
@@ -30,7 +33,7 @@ METRICS = {
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The name of a recipe and the folder of its finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    options = [part for one in SHORT for part in ("--set", one)]
+    options = [part for one in (*SHORT, *LONGER.get(request.param, ())) for part in ("--set", one)]
     done = pipeline("all", "-c", str(RECIPES / f"{request.param}.yaml"), "--run-dir", str(folder), *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, folder
