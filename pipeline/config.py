@@ -133,7 +133,9 @@ def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> di
 def find_beside(file: Path, values: dict[str, Any]) -> None:
     """Turn relative paths in the file into ones that lead there from here: they are looked for beside the file first,
     then in the working folder."""
-    named = ((values, "backbone"), (values.get("data"), "source"), (values.get("finetune"), "from_run"))
+    finetune = values.get("finetune")
+    launch = finetune.get("launch") if isinstance(finetune, dict) else None
+    named = ((values, "backbone"), (values.get("data"), "source"), (finetune, "from_run"), (launch, "config_file"))
     for section, key in named:
         path = section.get(key) if isinstance(section, dict) else None
         # os.path: a name that no file system takes is not there, where pathlib raises.

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from models.adapters import NOT_FOLDABLE, SCALED_BY_B, Method
-from stages.artifact import Artifact, read_artifact
+from stages.artifact import Artifact, digest_of, read_artifact
 from stages.base import StageConfig
 
 Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora"]
@@ -81,6 +81,59 @@ class AutoConfig(StageConfig):
     )
 
 
+class LaunchConfig(StageConfig):
+    """Training in several processes, on one or more machines, through `accelerate launch`."""
+
+    processes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes that share each batch, one a GPU (number). Default: those of config_file, else 1: "
+        "training in this process.",
+    )
+    config_file: str | None = Field(
+        default=None,
+        description="A configuration file of accelerate (`accelerate config` writes one), passed through: FSDP, more "
+        "than one machine. finetune.precision stays in force.",
+    )
+
+    @field_validator("config_file")
+    @classmethod
+    def refuse_what_is_no_configuration(cls, value: str | None) -> str | None:
+        """A YAML file with accelerate's keys."""
+        if value is not None:
+            settings_in(value)
+        return value
+
+    @property
+    def count(self) -> int:
+        """Processes on all machines together."""
+        named = 1 if self.config_file is None else settings_in(self.config_file).get("num_processes", 1)
+        return self.processes or named
+
+    @property
+    def starts_processes(self) -> bool:
+        """Whether accelerate is needed at all."""
+        return self.config_file is not None or self.count > 1
+
+
+def settings_in(file: str) -> dict[str, Any]:
+    """A configuration file of accelerate. Raises `ValueError`: it is none, and why."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {error}; `accelerate config --config_file FILE` writes one") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not valid YAML: {error}") from error
+    if not isinstance(settings, dict) or "distributed_type" not in settings:
+        raise ValueError("is no configuration of accelerate: it has no distributed_type")
+    count = settings.get("num_processes", 1)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"has num_processes: {count!r}; expected a number from 1 up")
+    return settings
+
+
 class FinetuneConfig(StageConfig):
     """How the backbone is adapted."""
 
@@ -92,7 +145,7 @@ class FinetuneConfig(StageConfig):
         "weights, each only while the one before was worth it.",
     )
     epochs: int = Field(default=3, ge=1, description="Passes over the training split (number), all phases together.")
-    batch_size: int = Field(default=32, ge=1, description="Examples a step (number).")
+    batch_size: int = Field(default=32, ge=1, description="Examples a step (number), of all processes together.")
     backbone_learning_rate: float | None = Field(
         default=None,
         gt=0,
@@ -173,6 +226,7 @@ class FinetuneConfig(StageConfig):
         description="Processes that prepare training examples (number). Default: 0 on a CPU, up to 4 beside a GPU.",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Settings of the adapters.")
+    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="More than one process: more than one GPU.")
     auto: AutoConfig = Field(default_factory=AutoConfig, description="When auto goes on.")
     min_gain_over_majority: float = Field(
         default=0.01,
@@ -196,8 +250,11 @@ class FinetuneConfig(StageConfig):
         return value
 
     def outside(self) -> dict[str, str]:
-        """The digest of the network to start from."""
-        return {} if self.from_run is None else {"from_run": merged_network_of(self.from_run).digest}
+        """The digest of the network to start from, and of the configuration of accelerate."""
+        found = {} if self.from_run is None else {"from_run": merged_network_of(self.from_run).digest}
+        if self.launch.config_file is not None:
+            found["launch"] = digest_of([self.launch.processes, settings_in(self.launch.config_file)])
+        return found
 
     @field_validator("scratch_fractions")
     @classmethod
@@ -235,6 +292,12 @@ class FinetuneConfig(StageConfig):
             raise ValueError("compare_direct compares with from_run, which is not written")
         if self.strategy == "lp-ft" and self.initial_head == "random":
             raise ValueError("lp-ft starts from the probe; with initial_head: random write strategy: full")
+        if self.batch_size % self.launch.count:
+            whole = max(1, round(self.batch_size / self.launch.count)) * self.launch.count
+            raise ValueError(
+                f"{self.launch.count} processes cannot share a batch of {self.batch_size} equally; "
+                f"write batch_size: {whole}"
+            )
         if self.strategy == "gradual-unfreezing" and self.epochs < self.phases:
             raise ValueError(f"there are fewer epochs than phases ({self.epochs} and {self.phases}); each needs one")
         if self.scratch_fractions and self.from_scratch:

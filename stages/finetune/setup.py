@@ -194,7 +194,8 @@ def start_from(model: Classifier, spec: ModelSpec, run: str) -> None:
 def weights_of(context: StageContext, config: FinetuneConfig) -> list[str]:
     """What the backbone's weights come from: digests, and the seed of random ones."""
     seed = [f"seed {context.seed}"] if config.from_scratch else []
-    return [context.backbone.weights_digest, *config.outside().values(), *seed]
+    started_from = [] if config.from_run is None else [config.outside()["from_run"]]
+    return [context.backbone.weights_digest, *started_from, *seed]
 
 
 def with_frozen_result(setup: Setup) -> Setup:

@@ -148,6 +148,7 @@ def train_once(
     strategy: Strategy, network: Any, setup: Setup, rates: Rates, folder: Path, epochs: int | None = None
 ) -> Trained:
     """One training of what has gradients; divergence is said aloud and is a result, not an error."""
+    from models.classifier import Classifier
     from stages.finetune.training import Diverged, Trained, TrainingPlan, train
 
     config, context = setup.config, setup.context
@@ -163,9 +164,15 @@ def train_once(
         hold_batchnorm=setup.holds_batchnorm(strategy),
         workers=default_workers(context.device) if config.workers is None else config.workers,
         seed=context.seed,
+        processes=config.launch.count,
     )
     data = context.data
     try:
+        if config.launch.starts_processes:
+            from stages.finetune.launch import train_in_processes
+
+            base = network if isinstance(network, Classifier) else setup.start(strategy)
+            return train_in_processes(network, base, setup, plan, folder, config.launch)
         return train(network, setup.processing, data["train"], data["validation"], plan, context, folder)
     except Diverged as error:
         context.log.error("%-10s training diverged: %s", "", error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ class TrainingPlan:
     hold_batchnorm: bool
     workers: int
     seed: int
+    processes: int = 1
+    """That share each batch."""
 
 
 class Diverged(Exception):
@@ -118,6 +120,24 @@ def train(
 ) -> Trained:
     """Train, evaluate after each epoch, and leave the network at its best epoch. Resumes from `folder` by itself.
 
+    Raises:
+        Diverged: the loss is not finite.
+        TrainingError: memory ran out, or PyTorch refused a step.
+    """
+    return fit(model, processing, examples, validation, plan, context, folder).restore_best(model)
+
+
+def fit(
+    model: torch.nn.Module,
+    processing: Processing,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    plan: TrainingPlan,
+    context: StageContext,
+    folder: Path,
+) -> Recorder:
+    """As `train`, but the best weights stay on disk. With `plan.processes` each of them calls this.
+
     One Trainer and one optimizer a call: an optimizer never learns of a parameter that is unfrozen later.
 
     Raises:
@@ -135,12 +155,16 @@ def train(
         steps = steps_per_epoch(len(examples), plan.batch_size) * plan.epochs - done
         with context.progress.task("training", steps) as advance, translated_errors(plan):
             recorder.advance = advance
+            if plan.processes > 1:
+                from accelerate.utils import set_seed
+
+                set_seed(plan.seed, device_specific=True)  # or each would flip and drop out the same as the others
             try:
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             except Diverged as error:
                 error.history = recorder.history
                 raise
-    return recorder.restore_best(model)
+    return recorder
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -210,6 +234,9 @@ class Recorder:
         self.losses: list[float] = []
         self.step = 0
         self.scores: np.ndarray | None = None
+        self.writes = True
+        """False in all processes of a training but one."""
+        self.state_of: Callable[[torch.nn.Module], dict[str, torch.Tensor]] = trainable_state
 
     def see_loss(self, loss: float, step: int) -> None:
         """Raises `Diverged` where the loss is not finite."""
@@ -241,14 +268,15 @@ class Recorder:
             raise Diverged(f"the validation loss is {entry['validation_loss']} after epoch {epoch}", self.step)
         if not self.history or rank_of(entry) > max(rank_of(one) for one in self.history):
             # Cloned, because safetensors refuses tied weights that share memory.
-            state = {
-                name: tensor.detach().cpu().clone().contiguous() for name, tensor in trainable_state(model).items()
-            }
-            assert self.scores is not None
-            save_file(state | {SCORES: torch.from_numpy(self.scores)}, self.folder / "best.tmp", {"epoch": str(epoch)})
-            (self.folder / "best.tmp").replace(self.folder / BEST)
+            state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_of(model).items()}
+            if self.writes:
+                assert self.scores is not None
+                scores = {SCORES: torch.from_numpy(self.scores)}
+                save_file(state | scores, self.folder / "best.tmp", {"epoch": str(epoch)})
+                (self.folder / "best.tmp").replace(self.folder / BEST)
         self.history.append(entry)
-        write_json(self.folder / HISTORY, self.history)
+        if self.writes:
+            write_json(self.folder / HISTORY, self.history)
         self.losses = []
 
     def should_stop(self) -> bool:
@@ -337,7 +365,9 @@ def make_trainer(
             logits = model(*(inputs[name] for name in names))  # float32 (batch, outputs)
             loss = task.loss(logits.float(), inputs["labels"])
             if model.training:
-                recorder.see_loss(loss.item(), self.state.global_step)
+                # Of the whole batch, and where it is not finite all processes must know: they wait for each other.
+                whole = self.accelerator.reduce(loss.detach(), "mean") if plan.processes > 1 else loss
+                recorder.see_loss(whole.item(), self.state.global_step)
             return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
         def get_train_dataloader(self) -> Any:
@@ -351,7 +381,9 @@ def make_trainer(
     def judge(found: Any) -> dict[str, float]:
         # `predictions`: float32 (samples, outputs), `label_ids`: the task's targets
         recorder.scores = scores = task.scores(found.predictions, found.label_ids)
-        return {"metric": float(scores.mean())}
+        # The mean that the Trainer takes itself counts examples twice that fill up the share of a process.
+        outputs, targets = torch.from_numpy(found.predictions).float(), torch.from_numpy(found.label_ids)
+        return {"metric": float(scores.mean()), "whole_loss": float(task.loss(outputs, targets))}
 
     class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -361,10 +393,13 @@ def make_trainer(
             recorder.epoch_started = time.monotonic()
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            trainer.accelerator.wait_for_everyone()  # each process writes a part
+            if recorder.writes:
+                (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            recorder.see_epoch(round(state.epoch), metrics, kwargs["model"])
+            whole = {**metrics, "eval_loss": metrics["eval_whole_loss"]}
+            recorder.see_epoch(round(state.epoch), whole, kwargs["model"])
             entry = recorder.history[-1]
             context.log.info(
                 "%-10s epoch %d/%d: validation %s %.4f, loss %.4f (%.0f s)", "", entry["epoch"], plan.epochs,
@@ -378,7 +413,7 @@ def make_trainer(
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
-        per_device_train_batch_size=plan.batch_size,
+        per_device_train_batch_size=plan.batch_size // plan.processes,
         per_device_eval_batch_size=max(plan.batch_size, 64),
         learning_rate=plan.rates.head,
         lr_scheduler_type="cosine",
@@ -412,4 +447,13 @@ def make_trainer(
         optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)  # standard output belongs to the result
+    recorder.writes = trainer.accelerator.is_main_process
+    if trainer.is_fsdp_enabled:  # no process has the whole network
+        own = set(trainable_state(model))
+
+        def gathered(_: torch.nn.Module) -> dict[str, torch.Tensor]:
+            whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            return {name: tensor for name, tensor in whole.items() if name in own}
+
+        recorder.state_of = gathered
     return trainer
