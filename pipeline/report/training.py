@@ -7,7 +7,14 @@ from typing import Any
 
 from pipeline.report import svg
 from pipeline.report.facts import Facts, mapping, number, records, sequence
-from pipeline.report.formats import MISSING, format_duration, format_interval, format_percent, format_points
+from pipeline.report.formats import (
+    MISSING,
+    format_bytes,
+    format_duration,
+    format_interval,
+    format_percent,
+    format_points,
+)
 from pipeline.report.markup import Html, element, join, shorten
 from pipeline.report.parts import chip, table
 
@@ -27,6 +34,7 @@ def training_section(facts: Facts) -> Html:
         [
             element("p", summary(measured), class_="hint"),
             element("div", *epochs, class_="pair"),
+            cost_table(measured),
             ladder_table(measured),
             element("div", *curves, class_="pair") if curves else Html(""),
             layers_figure(measured),
@@ -102,6 +110,35 @@ def metric_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> 
         series, text, lambda value: f"{100 * value:.1f}%", "epoch", rules, number(measured.get("best_epoch"))
     )
     return element("figure", element("h3", f"Validation {metric_of(measured)}"), chart)
+
+
+def cost_table(measured: dict[str, Any]) -> Html:
+    """What training was estimated to cost from a few measured steps, and what it did."""
+    cost = mapping(measured.get("cost"))
+    estimated, actual = mapping(cost.get("estimated")), mapping(cost.get("actual"))
+    if not estimated:
+        return Html("")
+
+    def cells(name: str, *values: str) -> Html:
+        return element("tr", element("td", name), *(element("td", value, class_="number") for value in values))
+
+    def plain(row: dict[str, Any], key: str) -> str:
+        return MISSING if (value := number(row.get(key))) is None else f"{value:,.0f}"
+
+    flops = number(estimated.get("flops"))
+    rows = [
+        cells("parameters that learn", *(plain(row, "trainable_parameters") for row in (estimated, actual))),
+        cells("epochs", *(plain(row, "epochs") for row in (estimated, actual))),
+        cells("time", *(format_duration(number(row.get("seconds"))) for row in (estimated, actual))),
+        cells("peak memory", *(format_bytes(number(row.get("peak_memory_bytes"))) for row in (estimated, actual))),
+        cells("TFLOPs", MISSING if flops is None else f"{flops / 1e12:.3g}", MISSING),
+    ]
+    return join(
+        [
+            element("h3", "What it cost"),
+            table("What training cost", ("", "Estimated", "Measured"), rows, numeric=(1, 2)),
+        ]
+    )
 
 
 def ladder_table(measured: dict[str, Any]) -> Html:

@@ -20,6 +20,7 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
             f"against the probe {Gain(**gain)} for {seconds['training']:.0f} s of training; the probe took "
             f"{seconds['frozen']:.0f} s"
         )
+    yield from cost_of(measured)
     yield from comparisons_of(measured)
     yield from (f"auto: {rung['strategy']}: {rung['reason']}" for rung in measured["ladder"])
     if (found := measured["learning_rate_test"]) and found["warning"]:
@@ -42,6 +43,20 @@ def result_of(measured: dict[str, Any]) -> str:
         line += f" (probe {measured['probe_validation_metric']:.4f}"
         line += f", {measured['constant']} {measured['constant_baseline']:.4f})"
     return f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"
+
+
+def cost_of(measured: dict[str, Any]) -> Iterator[str]:
+    """What training was estimated to cost, and did."""
+    estimated, actual = measured["cost"]["estimated"], measured["cost"]["actual"]
+    if not estimated or estimated["seconds"] is None:
+        return
+    line = (
+        f"training took {actual['seconds']:.0f} s for {actual['epochs']} epochs, estimated were "
+        f"{estimated['seconds']:.0f} s for {estimated['epochs']}"
+    )
+    if actual["peak_memory_bytes"] and estimated["peak_memory_bytes"]:
+        line += f"; memory {actual['peak_memory_bytes'] / 1e9:.2f} GB, {estimated['peak_memory_bytes'] / 1e9:.2f} GB"
+    yield line
 
 
 def comparisons_of(measured: dict[str, Any]) -> Iterator[str]:

@@ -86,6 +86,7 @@ def save(attempt: Attempt, setup: Setup) -> None:
 
 def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[str, Any]:
     """The measurements of the stage."""
+    from stages.finetune.cost import actual_cost
     from stages.finetune.forgetting import measure_forgetting
     from stages.finetune.setup import count
 
@@ -114,6 +115,10 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "forgetting": measure_forgetting(attempt, setup),
         "best_epoch": attempt.best_epoch,
         "diverged": attempt.diverged,
+        "cost": {
+            "estimated": dataclasses.asdict(attempt.estimate) if attempt.estimate else None,
+            "actual": actual_cost(attempt, setup),
+        },
         "trainable_parameters": attempt.trainable_parameters,
         "total_parameters": count(setup.model),
         "backbone_learning_rates": [min(trained), max(trained)] if trained else None,

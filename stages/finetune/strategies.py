@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from models.classifier import Classifier
+    from stages.finetune.cost import Estimate
     from stages.finetune.range_test import RangeTest
     from stages.finetune.rates import Rates
     from stages.finetune.training import Trained
@@ -44,6 +45,7 @@ class Attempt:
     diverged: str | None = None
     wise: list[dict[str, float]] = field(default_factory=list)
     range_test: RangeTest | None = None
+    estimate: Estimate | None = None
 
     @property
     def metric(self) -> float | None:
@@ -76,8 +78,8 @@ def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 def train_all(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     """Every weight at once: `full` from a random head, `lp-ft` from the probe (Kumar et al. 2022, arXiv 2202.10054)."""
     network, rates = setup.start(strategy), setup.rates(strategy)
-    tested = rates_tested(strategy, network, setup, rates)
-    return attempt_from(strategy, network, rates, train_once(strategy, network, setup, rates, folder), tested)
+    ahead = look_ahead(strategy, network, setup, rates, folder)
+    return attempt_from(strategy, network, rates, train_once(strategy, network, setup, rates, folder), ahead)
 
 
 def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
@@ -90,7 +92,7 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 
     config, rates, layers = setup.config, setup.rates(strategy), setup.layers
     network = setup.start(strategy)
-    tested = rates_tested(strategy, network, setup, rates)  # with all layers: the most that will learn at once
+    ahead = look_ahead(strategy, network, setup, rates, folder)  # with all layers: the most that will learn at once
     best, history = Trained(0, [], None), list[dict[str, float]]()
     for phase in range(1, config.phases + 1):
         opened = math.ceil(len(layers) * phase / config.phases)
@@ -104,12 +106,12 @@ def train_in_phases(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
         done = len(history)
         history += [{**entry, "epoch": entry["epoch"] + done, "phase": phase} for entry in trained.history]
         if trained.diverged:
-            return attempt_from(strategy, network, rates, replace(trained, history=history), tested)
+            return attempt_from(strategy, network, rates, replace(trained, history=history), ahead)
         if best.best_epoch and rank_of(history[best.best_epoch - 1]) >= rank_of(history[trained.best_epoch + done - 1]):
             network.load_state_dict(before)
         else:
             best = Trained(trained.best_epoch + done, history, trained.scores)
-    return attempt_from(strategy, network, rates, best, tested)
+    return attempt_from(strategy, network, rates, best, ahead)
 
 
 def epochs_of_phase(epochs: int, phases: int, phase: int) -> int:
@@ -125,14 +127,14 @@ def train_adapters(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     settings = AdapterSettings(chosen.method, chosen.rank, chosen.alpha, chosen.dropout)
     network = inject_adapters(setup.start(strategy), settings, setup.example_inputs)
     rates, before = setup.rates(strategy), adapter_weights(network)
-    tested = rates_tested(strategy, network, setup, rates)
+    ahead = look_ahead(strategy, network, setup, rates, folder)
     trained = train_once(strategy, network, setup, rates, folder)
     if not trained.diverged and (untrained := untrained_adapters(network, before)):
         raise TrainingError(
             f"{len(untrained)} adapters were never trained, the first is {untrained[0]}; is the layer used in the "
             "forward pass, and the learning rate high enough?"
         )
-    return attempt_from(strategy, network, rates, trained, tested)
+    return attempt_from(strategy, network, rates, trained, ahead)
 
 
 STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {
@@ -179,16 +181,27 @@ def train_once(
         return Trained(0, error.history, None, str(error))
 
 
-def rates_tested(strategy: Strategy, network: Any, setup: Setup, rates: Rates) -> RangeTest | None:
-    """The range test, where it is asked for; what it finds is said before training starts."""
+@dataclass(frozen=True)
+class Ahead:
+    """What is known before training: its cost, and whether the rates are too high, where that was asked for."""
+
+    estimate: Estimate
+    range_test: RangeTest | None
+
+
+def look_ahead(strategy: Strategy, network: Any, setup: Setup, rates: Rates, folder: Path) -> Ahead:
+    """Estimate and test, and say what was found."""
+    from stages.finetune.cost import estimate_cost
     from stages.finetune.range_test import find_rates
 
+    hold = setup.holds_batchnorm(strategy)
+    estimate = estimate_cost(network, rates, setup, hold, folder)
     if not setup.config.learning_rate_test:
-        return None
-    found = find_rates(network, rates, setup, setup.holds_batchnorm(strategy))
+        return Ahead(estimate, None)
+    found = find_rates(network, rates, setup, hold)
     if found.warning:
         setup.context.log.warning("%-10s %s", "", found.warning)
-    return found
+    return Ahead(estimate, found)
 
 
 def default_workers(device: str) -> int:
@@ -196,9 +209,7 @@ def default_workers(device: str) -> int:
     return 0 if device == "cpu" else min(4, usable_cores() - 1)
 
 
-def attempt_from(
-    strategy: Strategy, network: Any, rates: Rates, trained: Trained, range_test: RangeTest | None
-) -> Attempt:
+def attempt_from(strategy: Strategy, network: Any, rates: Rates, trained: Trained, ahead: Ahead) -> Attempt:
     """The attempt that a training gave."""
     from stages.finetune.rates import rate_table
 
@@ -214,5 +225,6 @@ def attempt_from(
         history=trained.history,
         best_epoch=trained.best_epoch,
         diverged=trained.diverged,
-        range_test=range_test,
+        range_test=ahead.range_test,
+        estimate=ahead.estimate,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from models.spec import IOSpec, TensorSpec
 from stages.latency import OtherWork, is_disturbed, timed_turn
+from stages.training_cost import ADAMW_COPIES, count_flops, inputs_of, saved_for_backward, take, typical_example
 
 if TYPE_CHECKING:
     import torch
@@ -19,18 +20,12 @@ if TYPE_CHECKING:
     from models.modalities import Processing
     from stages.data.splits import Example
 
-TYPICAL_OF = 31
-"""The example whose inputs have the median size among so many is the one that FLOPs and latency are of."""
-
 LATENCY_CALLS = 20
 FEATURE_BATCH = 32
 """As `stages/finetune` computes features."""
 
 STEPS = 3
 """Timed after one that is not: the first allocates the optimizer's state."""
-
-ADAMW_COPIES = 4
-"""Weights, gradients and AdamW's two moments, all in fp32."""
 
 
 @dataclass(frozen=True)
@@ -88,39 +83,6 @@ def measure_cost(
         disturbed=is_disturbed(others.cores, max(threads, torch.get_num_threads())),
         problem=problem,
     )
-
-
-def typical_example(processing: Processing, examples: Sequence[Example]) -> Example:
-    """The one with inputs of median size: images are all alike, texts are not."""
-    sizes: list[tuple[int, int]] = []
-    for example in examples[:TYPICAL_OF]:
-        arrays = processing.arrays([example.content])
-        sizes.append((sum(array.size for array in arrays.values()), len(sizes)))
-    return examples[sorted(sizes)[len(sizes) // 2][1]]
-
-
-def inputs_of(processing: Processing, examples: Sequence[Example], device: str) -> list[torch.Tensor]:
-    """The network's inputs for one batch."""
-    import torch
-
-    arrays = processing.arrays([example.content for example in examples])
-    return [torch.from_numpy(arrays[tensor.name]).to(device) for tensor in processing.inputs]
-
-
-def count_flops(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> int:
-    """Floating-point operations of one forward pass; elementwise work and normalisation are not counted.
-
-    Attention is computed by its plain formula here: the counter of torch 2.13 has no entry for the CPU's fused
-    kernel and would leave it out without a word.
-    """
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        module(*inputs)
-    return int(counter.get_total_flops())
 
 
 def measure_latency(model: Classifier, processing: Processing, example: Example, device: str, threads: int) -> float:
@@ -181,11 +143,6 @@ def measure_training(
     return step_s * math.ceil(len(examples) / batch_size), ADAMW_COPIES * parameters + activations, ""
 
 
-def take(examples: Sequence[Example], start: int, count: int) -> list[Example]:
-    """`count` examples from `start` on, from the beginning again after the last."""
-    return [examples[(start + index) % len(examples)] for index in range(count)]
-
-
 def loss_of(model: Classifier, inputs: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy, in the arithmetic that finetune chooses by itself."""
     import torch
@@ -200,23 +157,8 @@ def loss_of(model: Classifier, inputs: Sequence[torch.Tensor], labels: torch.Ten
 def loss_and_saved_bytes(
     model: Classifier, inputs: Sequence[torch.Tensor], labels: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """The loss, and the bytes that autograd keeps for the backward pass, the network's own tensors left out.
-
-    Tensors that share memory are counted once. None of the kept ones is freed before the backward pass, so that no
-    address stands for two.
-    """
-    import torch
-
-    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """The loss, and the bytes that autograd keeps for the backward pass, the network's own tensors left out."""
+    with saved_for_backward(model) as kept:
         loss = loss_of(model, inputs, labels)
     return loss, sum(kept.values())
 

@@ -174,6 +174,13 @@ def passing_run() -> dict[str, Any]:
         "constant": "majority class",
         "probe_validation_metric": 0.846,
         "best_epoch": 5,
+        "cost": {
+            "estimated": {"trainable_parameters": 612_298, "total_parameters": 4_030_706, "flops": 8_100_000_000_000,
+                          "seconds": 83.0, "step_seconds": 0.41, "peak_memory_bytes": 1_900_000_000, "batch_size": 32,
+                          "epochs": 5, "processes": 1, "device": "cpu", "problem": ""},
+            "actual": {"trainable_parameters": 612_298, "epochs": 5, "seconds": 92.0,
+                       "peak_memory_bytes": 2_040_000_000},
+        },
         "trainable_parameters": 612_298,
         "total_parameters": 4_030_706,
         "gain_over_probe": {"difference": 0.0152, "low": 0.002, "high": 0.029, "confidence": 0.95},
