@@ -33,6 +33,7 @@ def training_section(facts: Facts) -> Html:
     return join(
         [
             element("p", summary(measured), class_="hint"),
+            *(element("p", shorten(one, 600)) for one in sequence(measured.get("advice"))),
             element("div", *epochs, class_="pair"),
             cost_table(measured),
             ladder_table(measured),

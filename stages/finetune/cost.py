@@ -182,7 +182,7 @@ def count_training_flops(trial: Any, setup: Setup, batch: Sequence[Example]) -> 
 
     def of_gradients(gradient: Any, inputs: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
         transposed, wanted = others[4], others[7]
-        return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * (wanted[0] + wanted[1])
+        return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * int(wanted[0] + wanted[1])
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: of_gradients})
     with sdpa_kernel(SDPBackend.MATH), counter:

@@ -22,6 +22,8 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
         )
     yield from cost_of(measured)
     yield from comparisons_of(measured)
+    raw = measured["against_raw"]
+    yield from (one for one in measured["advice"] if not raw or one != raw["warning"])  # that one was said
     yield from (f"auto: {rung['strategy']}: {rung['reason']}" for rung in measured["ladder"])
     if (found := measured["learning_rate_test"]) and found["warning"]:
         yield found["warning"]

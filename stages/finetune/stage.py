@@ -38,6 +38,7 @@ class Finetune:
 
     def run(self, context: StageContext, config: FinetuneConfig) -> StageResult:
         """Probe, then train where the strategy asks for it."""
+        from stages.finetune.advice import advise
         from stages.finetune.ladder import climb
         from stages.finetune.setup import build, seed_everything, with_frozen_result
         from stages.finetune.strategies import make_attempt
@@ -63,6 +64,7 @@ class Finetune:
         )
         measurements["against_scratch"] = compare_with_scratch(setup, attempt, context.resume)
         measurements["against_direct"] = compare_with_direct(setup, attempt, context.resume)
+        measurements["advice"] = advise(measurements)
         # Without the seconds: the same training gives the same bytes, so nothing that follows runs again.
         epochs = [{key: entry[key] for key in entry if key != "seconds"} for entry in attempt.history]
         write_json(context.output / "history.json", {"epochs": epochs})

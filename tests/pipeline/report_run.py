@@ -174,6 +174,7 @@ def passing_run() -> dict[str, Any]:
         "constant": "majority class",
         "probe_validation_metric": 0.846,
         "best_epoch": 5,
+        "advice": ["these data are far from what the backbone learned from. Unfreeze more: lp-ft"],
         "cost": {
             "estimated": {"trainable_parameters": 612_298, "total_parameters": 4_030_706, "flops": 8_100_000_000_000,
                           "seconds": 83.0, "step_seconds": 0.41, "peak_memory_bytes": 1_900_000_000, "batch_size": 32,

@@ -101,7 +101,7 @@ def test_the_page_shows_how_the_backbone_was_adapted() -> None:
     page = Page(render_html(passing_run()))
     for part in (
         "+1.5 pt +0.2 … +2.9 pt against the linear probe", "How auto chose", "training diverged; lora is kept",
-        "peak memory1.90 GB2.04 GB",
+        "peak memory1.90 GB2.04 GB", "Unfreeze more: lp-ft",
         "Does transfer pay?", "the features are worth +4.6 pt", "Against training from scratch", "Learning rate test",
         "Lowest at 1 times the configured rates", "What each layer learned", "blocks.1.0: weights moved 0.021",
         "blocks.1.0: outputs changed 0.17", "stem: learning rate 0",
@@ -113,6 +113,7 @@ def test_a_run_without_those_measurements_shows_none_of_it() -> None:
     run = passing_run()
     finetune = next(stage for stage in run["stages"] if stage["name"] == "finetune")
     for key in (
+        "advice",
         "cost",
         "ladder",
         "against_raw",
@@ -124,6 +125,7 @@ def test_a_run_without_those_measurements_shows_none_of_it() -> None:
         finetune["measurements"][key] = None
     page = Page(render_html(run))
     for part in (
+        "Unfreeze more",
         "What it cost",
         "How auto chose",
         "Does transfer pay?",
