@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PROMPTS := $(VENV)/share/asterisk/sounds/en_US_f_Allison
 DEMO_CONFIG ?= pipeline/recipes/vision.yaml
 
-.PHONY: help env prompts demo demo-text demo-audio fmt lint types imports check test test-fast test-slow test-gpu bench bench-training docs docker clean
+.PHONY: help env prompts demo demo-text demo-audio fmt lint types imports check test test-fast test-slow test-gpu bench bench-training sweep docs docker clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ bench: env ## Wall time and memory of the demo by stage, against the same steps 
 
 bench-training: env ## Cached features against a frozen backbone; a training step against a loop of bare PyTorch
 	$(BIN)/python benchmarks/bench_training.py
+
+sweep: env ## Which architectures go through the chain: docs/coverage.md (an hour; goes on where it was stopped)
+	$(BIN)/python -P benchmarks/sweep.py
 
 docs: env ## docs/configuration.md from the configuration classes
 	$(BIN)/python -P scripts/make_config_reference.py

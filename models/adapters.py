@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ class AdapterSettings:
 def target_modules(
     model: Classifier, inputs: Sequence[torch.Tensor] | None = None, method: Method = "lora"
 ) -> list[str]:
-    """Full paths of the layers that take an adapter: every Linear and ungrouped Conv2d of the backbone.
+    """Full paths of the layers that take an adapter: every Linear and ungrouped Conv2d of the backbone, and what is a
+    Linear by another name: GPT-2's Conv1D, squeezebert's Conv1d over one position.
 
     Not the stem (the first convolution), whose filters are general and quantize badly once moved; not
     grouped or depthwise convolutions, which LoRA cannot adapt; not the head, which is trained whole; not
@@ -86,6 +88,7 @@ def target_modules(
         ModelError: the backbone has no such layer.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     called = call_order(model, inputs) if inputs is not None else None
     names: list[str] = []
@@ -95,9 +98,12 @@ def target_modules(
             plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.groups == 1
             plain = plain and (method != "oft" or module.kernel_size == (1, 1))
             fits, stem_seen = stem_seen and plain, True
+        elif isinstance(module, nn.Conv1d):
+            fits = module.groups == 1 and module.kernel_size == (1,) and module.stride == (1,)
         else:
             # Attention's out_proj is a subclass of Linear whose weight nn.MultiheadAttention reads directly.
-            fits = isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+            fits = isinstance(module, nn.Linear | Conv1D)
+            fits = fits and type(module).__name__ != "NonDynamicallyQuantizableLinear"
         if fits and (called is None or name in called):
             names.append(f"backbone.{name}")
     if not names:
@@ -133,10 +139,24 @@ def inject_adapters(
         **arguments,
     )
     try:
-        adapted: PeftModel = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # peft sets it itself for Conv1D
+            adapted: PeftModel = peft.get_peft_model(model, config)
     except (ValueError, AssertionError) as error:
         raise ModelError(f"{settings.method} does not fit this backbone: {error}; try lora.method: lora") from error
+    show_attributes(adapted)
     return adapted
+
+
+def show_attributes(adapted: PeftModel) -> None:
+    """Give an adapted layer the plain attributes of the layer in it: some networks read them (davit `kernel_size`)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, value in vars(module.get_base_layer()).items():
+                if not name.startswith("_"):
+                    vars(module).setdefault(name, value)
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
@@ -172,6 +192,7 @@ def load_adapted(base: Path, adapter: Path) -> PeftModel:
         adapted = PeftModel.from_pretrained(load_checkpoint(base).model, str(adapter), is_trainable=False)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the adapter in {adapter} cannot be loaded: {error}") from error
+    show_attributes(adapted)
     check_keys(adapted, adapter)
     check_finite(adapted, str(adapter))
     return adapted.eval()
@@ -202,10 +223,25 @@ def fold(adapted: PeftModel) -> Classifier:
     Raises:
         MergeError: a folded weight is not finite.
     """
-    try:
-        merged: Any = adapted.float().merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise MergeError(f"folding the adapter gave a broken weight: {error}; was the training stable?") from error
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    merged: Any = adapted.float().get_base_model()
+    # Not peft's merge_and_unload, which takes every module that has a `base_layer` for one of its own (timm's dla).
+    for name, module in list(merged.named_modules()):
+        plain: Any = None
+        if isinstance(module, BaseTunerLayer):
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:
+                message = f"folding the adapter gave a broken weight: {error}; was the training stable?"
+                raise MergeError(message) from error
+            plain = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            plain = module.modules_to_save["default"]
+        if plain is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(merged.get_submodule(parent), child, plain)
     network: Classifier = merged.eval()
     return network
 

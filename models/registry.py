@@ -141,13 +141,15 @@ def hub_repository(spec: BackboneSpec) -> str | None:
 
 
 def resolve_folder(backbone_id: str, folder: Path) -> BackboneSpec:
-    """A Hugging Face folder, or a checkpoint of this project; safetensors only.
+    """A folder as transformers or timm saves it, or a checkpoint of this project; safetensors only.
 
     Raises:
         ConfigError: there is no config.json or model.json, or only pickles.
     """
     weights = sorted(folder.glob("*.safetensors"))
     own = (folder / "model.json").is_file()
+    name = folder.name
+    library: Literal["timm", "hf"] = "hf"
     problem = hint = ""
     if not own and not (folder / "config.json").is_file():
         problem, hint = "holds no config.json", "expected a Hugging Face folder or a checkpoint of this project"
@@ -157,16 +159,20 @@ def resolve_folder(backbone_id: str, folder: Path) -> BackboneSpec:
         hint = "pickles can run code and are never read; convert with safetensors.torch.save_file"
     elif not own:
         try:
-            if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if "auto_map" in values:
                 problem, hint = "asks for code of its own (auto_map)", "trust_remote_code is off"
+            elif "architecture" in values and "model_type" not in values:  # timm's form
+                name, library = values["architecture"], "timm"
+                if name not in timm_names()[0]:
+                    problem, hint = f"timm has no network {name!r}", "see timm.list_models()"
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             problem, hint = f"config.json is no JSON: {error}", "download the folder again"
     if problem:
         raise ConfigError([Problem("backbone", f"{backbone_id}: {problem}", hint)])
-    library: Literal["timm", "hf"] = library_of_checkpoint(backbone_id, folder) if own else "hf"
-    return BackboneSpec(
-        backbone_id, library, folder.name, None, str(folder.resolve()), "folder", digest_of_folder(folder)
-    )
+    if own:
+        library = library_of_checkpoint(backbone_id, folder)
+    return BackboneSpec(backbone_id, library, name, None, str(folder.resolve()), "folder", digest_of_folder(folder))
 
 
 def library_of_checkpoint(backbone_id: str, folder: Path) -> Literal["timm", "hf"]:

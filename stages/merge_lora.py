@@ -166,7 +166,7 @@ def asked_changes(adapted: PeftModel) -> dict[str, torch.Tensor]:
     """Weight name → ΔW, float32, as the adapters ask for it; empty for methods that do not add (DoRA, IA3, OFT, …)."""
     from peft.tuners.loha.layer import LoHaLayer
     from peft.tuners.lokr.layer import LoKrLayer
-    from peft.tuners.lora import Conv2d, Linear
+    from peft.tuners.lora.layer import Conv1d, Conv2d, Linear
 
     if getattr(adapted.peft_config["default"], "use_dora", False):
         return {}
@@ -174,7 +174,7 @@ def asked_changes(adapted: PeftModel) -> dict[str, torch.Tensor]:
     return {
         f"{name.removeprefix(prefix)}.weight": module.get_delta_weight("default").detach()
         for name, module in adapted.named_modules()
-        if isinstance(module, Conv2d | Linear | LoHaLayer | LoKrLayer)
+        if isinstance(module, Conv1d | Conv2d | Linear | LoHaLayer | LoKrLayer)
     }
 
 

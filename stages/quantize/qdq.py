@@ -45,9 +45,14 @@ class Form:
 
 
 def compute_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Convolutions and matrix products with constant weights, in graph order."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    return [node for node in model.graph.node if node.op_type in COMPUTE_OPS and node.input[1] in constants]
+    """Convolutions and products with a constant matrix, in graph order.
+
+    Not products with a constant that has a batch axis (the positions of wav2vec2-conformer): ONNX Runtime has no kernel
+    for scales a channel of those.
+    """
+    axes = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type in COMPUTE_OPS and node.input[1] in axes]
+    return [node for node in nodes if node.op_type != "MatMul" or axes[node.input[1]] == 2]
 
 
 def quantizable_nodes(model: onnx.ModelProto, layout: Layout) -> list[onnx.NodeProto]:
@@ -176,7 +181,7 @@ def macs_by_node(model: onnx.ModelProto, output_sizes: Mapping[str, int]) -> dic
 def macs_of(node: onnx.NodeProto, weight_dims: list[int], outputs: int) -> int:
     """Multiply-accumulates of a compute node that makes `outputs` numbers: one a weight that each of them reads.
 
-    Conv weights are (out, in / groups, …); MatMul's (…, in, out); Gemm's as MatMul's, or transposed.
+    Conv weights are (out, in / groups, …); MatMul's (in, out); Gemm's as MatMul's, or transposed.
     """
     if node.op_type == "Conv":
         return outputs * math.prod(weight_dims[1:])

@@ -262,15 +262,17 @@ def quantize_dynamically(bench: Workbench) -> Candidate:
 
     name = "onnx-int8-dynamic"
     nodes = compute_nodes(bench.model)
-    if not any(node.op_type == "MatMul" for node in nodes):
+    products = {node.name for node in nodes if node.op_type == "MatMul"}
+    if not products:
         reason = "there is nothing to quantize: the graph has no MatMul with constant weights"
         return Candidate(name, f"{name}.onnx", "int8", 0, accepted=False, reason=reason)
     source, target = bench.scratch / "source.onnx", bench.scratch / f"{name}.onnx"
     onnx.save(bench.model, source)
+    left = [node.name for node in bench.model.graph.node if node.op_type == "MatMul" and node.name not in products]
     try:
         quantize_dynamic(
             str(source), str(target), op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
-            reduce_range=bench.config.reduce_range, weight_type=QuantType.QInt8,
+            reduce_range=bench.config.reduce_range, weight_type=QuantType.QInt8, nodes_to_exclude=left,
         )  # fmt: skip
     except quantizer_errors() as error:
         raise QuantizeError(f"{name}: {error}; take int8-dynamic out of quantize.schemes") from error

@@ -32,7 +32,10 @@ from models.checkpoint import load_checkpoint
 from models.classifier import Classifier, hold_batchnorm
 from models.errors import MergeError, ModelError
 from tests.models.tiny import (
+    BERT,
+    GPT2,
     RESNET,
+    SQUEEZEBERT,
     TIMM,
     VIT,
     classifier_of,
@@ -50,12 +53,15 @@ BACKBONES: dict[str, Any] = {
     "timm-vit": {"library": "timm", "name": "test_vit", "arguments": {"img_size": 32}, **NORMALISED},
     "hf-resnet": {"library": "hf", "modality": "image", "config": RESNET, **NORMALISED},
     "hf-vit": {"library": "hf", "modality": "image", "config": VIT, **NORMALISED},
-    "hf-bert": None,
+    "hf-bert": BERT,
+    "hf-gpt2": GPT2,
+    "hf-squeezebert": SQUEEZEBERT,
 }
 
 
 def backbone(name: str) -> LoadedBackbone:
-    return image_backbone(BACKBONES[name]) if BACKBONES[name] else text_backbone()
+    chosen = BACKBONES[name]
+    return image_backbone(chosen) if "library" in chosen else text_backbone(chosen)
 
 
 def train(model: nn.Module, inputs: tuple[torch.Tensor, ...], steps: int = 4, rate: float = 0.02) -> None:
@@ -193,6 +199,40 @@ def test_convolutions_that_pad_on_their_own_take_no_adapter() -> None:
     assert {type(modules[name]) for name in targets} == {nn.Conv2d}
     image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     assert logits_of(inject_adapters(model, SETTINGS).eval(), (image,)).shape == (2, 2)
+
+
+def test_linear_layers_by_another_name_are_adapted() -> None:
+    gpt2, squeezebert = (classifier_of(text_backbone(config))[0] for config in (GPT2, SQUEEZEBERT))
+    assert {path.rpartition(".")[2] for path in target_modules(gpt2)} == {"c_attn", "c_proj", "c_fc"}
+    modules = dict(squeezebert.named_modules())
+    found = [modules[path] for path in target_modules(squeezebert)]
+    assert found and all(isinstance(one, nn.Conv1d) and one.groups == 1 for one in found)
+
+
+class Prying(nn.Module):
+    """As timm's davit (reads `kernel_size` of a layer) and dla (a layer is called `base_layer`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.base_layer = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        maps = self.stem(image.permute(0, 3, 1, 2) / 255)
+        shift = self.base_layer.kernel_size[0] // 2
+        features: torch.Tensor = self.base_layer(maps).roll(shift, 2)[:, :, 1:].mean((2, 3))
+        return features
+
+
+def test_networks_that_read_their_layers_or_share_names_with_peft() -> None:
+    torch.manual_seed(0)
+    model = Classifier(Prying(), nn.Linear(8, 3)).eval()
+    image = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    adapted = inject_adapters(model, SETTINGS, (image,))
+    train(adapted, (image,))
+    expected = logits_of(adapted, (image,))
+    merged = fold(adapted)
+    assert (logits_of(merged, (image,)) - expected).abs().max() <= 1e-5
+    assert isinstance(merged.get_submodule("backbone.base_layer"), nn.Conv2d)
 
 
 def test_backbone_without_a_layer_for_lora_says_what_to_do() -> None:

@@ -15,15 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from models.backbones.build import build_backbone
+from models.backbones.build import build_backbone, check_finite
 from models.backbones.from_timm import pretrained_state
 from models.backbones.packaged import PACKAGED, PackagedWeights, find_packaged, timm_state_from_efficientnet_lite
 from models.errors import ConfigError, MissingCapabilityError, ModelError
 from models.modalities.vision import ImageProcessing
 from models.registry import load_backbone, pin, resolve, timm_names
 from tests.models.tiny import (
+    BART,
     BERT,
+    GPT2,
     RESNET,
+    T5,
     TIMM,
     VIT,
     edit_json,
@@ -209,6 +212,125 @@ def test_hf_folder_is_loaded_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None
     assert torch.allclose(logits_of(loaded.module, inputs), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [T5, BART], ids=["t5", "bart"])
+def test_the_encoder_alone_is_taken_where_there_is_a_decoder(tmp_path: Path, config: dict[str, object]) -> None:
+    from transformers import AutoModel
+
+    folder = hf_text_folder(tmp_path, config=config)
+    loaded = load_backbone(resolve(str(folder)), "text-classification", None, 16)
+    assert not any("decoder" in name for name, _ in loaded.module.named_parameters())
+    inputs = inputs_of(loaded)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().get_encoder()
+    with torch.inference_mode():
+        hidden = encoder(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state
+    expected = torch.stack([row[mask.bool()].mean(0) for row, mask in zip(hidden, inputs[1], strict=True)])
+    assert torch.allclose(logits_of(loaded.module, inputs), expected, atol=1e-6)
+
+    file = folder / "model.safetensors"
+    state = {name: one for name, one in load_file(file).items() if "encoder." not in name or "1." not in name}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks .* of the encoder's"):
+        load_backbone(resolve(str(folder)), "text-classification", None, 16)
+
+
+def test_a_decoder_is_read_at_its_last_real_token(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = hf_text_folder(tmp_path, config=GPT2)
+    loaded = load_backbone(resolve(str(folder)), "text-classification", None, 16)
+    ids, mask = inputs_of(loaded)
+    assert 0 in mask
+    reference = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    found = logits_of(loaded.module, (ids, mask))
+    for row, real, features in zip(ids, mask.sum(1), found, strict=True):  # each alone, without padding
+        with torch.inference_mode():
+            alone = reference(input_ids=row[None, :real]).last_hidden_state[0, -1]
+        assert torch.allclose(features, alone, atol=1e-5)
+
+
+def test_an_encoder_that_does_not_mask_its_padding_is_refused(tmp_path: Path) -> None:
+    config = {
+        "model_type": "fnet",
+        "vocab_size": 12,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+    }
+    folder = hf_text_folder(tmp_path, config=config)
+    with pytest.raises(ModelError, match=r"change with the padding beside it, by \d+% .* masks its padding"):
+        load_backbone(resolve(str(folder)), "text-classification", None, 16)
+
+
+def test_kinds_like_roberta_keep_positions_for_themselves(tmp_path: Path) -> None:
+    config = {**BERT, "model_type": "roberta", "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    spec = resolve(str(hf_text_folder(tmp_path, config=config)))
+    assert load_backbone(spec, "text-classification", None, None).processing.max_length == 23  # type: ignore[attr-defined]
+
+
+def test_a_kind_of_two_classes_is_built_without_the_name_of_one() -> None:
+    """transformers raises TypeError for deit, funnel and levit where `architectures` is null."""
+    from models.backbones.from_hf import network_from_config
+
+    sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "block_sizes": [1], "vocab_size": 8}
+    assert next(network_from_config({"model_type": "funnel", "architectures": None, **sizes}).parameters()).numel()
+
+
+def timm_folder(folder: Path, name: str, **arguments: object) -> Path:
+    """A network with random weights as timm saves it for the hub."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False, num_classes=3, **arguments)
+    timm.models.save_for_hf(network, str(folder), safe_serialization=True)
+    return folder
+
+
+def test_a_folder_of_timm_is_a_backbone(tmp_path: Path) -> None:
+    import timm
+
+    spec = resolve(str(timm_folder(tmp_path, "test_efficientnet")))
+    assert (spec.library, spec.name, spec.weights) == ("timm", "test_efficientnet", "folder")
+    loaded = load_backbone(spec, "image-classification", 32, None)
+    reference = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    (image,) = inputs_of(loaded)
+    pixels = (image.permute(0, 3, 1, 2) - loaded.module.mean) / loaded.module.std  # type: ignore[operator]
+    assert torch.allclose(logits_of(loaded.module, (image,)), logits_of(reference, (pixels,)), atol=1e-5)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["conv_stem.weight"], reference.conv_stem.weight)
+    with pytest.raises(ConfigError, match="takes images"):
+        load_backbone(spec, "text-classification", None, None)
+
+
+def test_a_folder_of_timm_keeps_its_size_and_takes_another(tmp_path: Path) -> None:
+    spec = resolve(str(timm_folder(tmp_path, "test_vit", img_size=64, global_pool="avg")))
+    own = load_backbone(spec, "image-classification", None, None)
+    assert own.processing.inputs[0].dims == ("batch", 64, 64, 3)
+    assert own.architecture["arguments"] == {"img_size": 64, "global_pool": "avg"}
+    assert logits_of(build_backbone(own.architecture), inputs_of(own)).shape == (5, own.feature_dim)
+    other = load_backbone(spec, "image-classification", 96, None)  # position embeddings are resampled
+    assert torch.equal(other.module.network.blocks[0].attn.qkv.weight, own.module.network.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "nope"}, "timm has no network 'nope'"),
+        ({"model_args": {"in_chans": 1}}, "three channels"),
+        ({"model_args": {"checkpoint_path": "evil.pth"}}, "checkpoint_path"),
+        ({"weights": "fewer"}, "do not fit timm's network"),
+    ],
+)
+def test_a_folder_of_timm_that_cannot_be_used(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    folder = timm_folder(tmp_path, "test_efficientnet")
+    if "weights" in change:
+        state = load_file(folder / "model.safetensors")
+        del state["conv_stem.weight"]
+        save_file(state, folder / "model.safetensors")
+    else:
+        edit_json(folder / "config.json", **change)
+    with pytest.raises((ConfigError, ModelError), match=message):
+        load_backbone(resolve(str(folder)), "image-classification", None, None)
+
+
 def test_length_limit_stays_inside_the_positions(tmp_path: Path) -> None:
     spec = resolve(str(hf_text_folder(tmp_path)))
     loaded = load_backbone(spec, "text-classification", None, None)
@@ -237,6 +359,28 @@ def test_folder_with_nan_is_refused(tmp_path: Path) -> None:
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"encoder\.layer\.0\.output\.dense\.weight holds NaN"):
         load_backbone(resolve(str(tmp_path)), "text-classification", None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("weight", float("inf"), True),
+        ("running_var", float("inf"), True),
+        ("bound", float("nan"), True),
+        ("bound", float("inf"), False),
+    ],
+)
+def test_infinity_is_damage_in_weights_and_statistics_but_not_in_a_bound(
+    name: str, value: float, refused: bool
+) -> None:
+    module = torch.nn.BatchNorm2d(2)
+    module.register_buffer("bound", torch.ones(2))
+    module.state_dict()[name][0] = value
+    if not refused:
+        check_finite(module, "tiny")
+        return
+    with pytest.raises(ModelError, match=f"the weight {name} holds NaN or infinity"):
+        check_finite(module, "tiny")
 
 
 def test_unknown_type_and_missing_tokenizer_are_model_errors(tmp_path: Path) -> None:
@@ -328,6 +472,57 @@ def test_hf_images_give_flat_features(config: dict[str, object]) -> None:
     loaded = image_backbone(architecture)
     assert loaded.feature_dim == 16
     assert not any("pooler" in name for name, _ in loaded.module.named_parameters())
+
+
+def test_a_pool_with_a_window_larger_than_the_maps_is_a_mean() -> None:
+    """TensorRT refuses transformers' pooling of efficientnet, `hidden_dim` pixels wide."""
+    from transformers import AutoConfig, AutoModel
+
+    config = {
+        "model_type": "efficientnet", "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    loaded = image_backbone(
+        {"library": "hf", "modality": "image", "config": config, "mean": [0.0] * 3, "std": [1 / 255] * 3}
+    )
+    assert not [part for part in loaded.module.modules() if isinstance(part, torch.nn.AvgPool2d)]
+    reference = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
+    reference.load_state_dict(loaded.module.network.state_dict())  # type: ignore[operator, union-attr]
+    (image,) = inputs_of(loaded)
+    with torch.inference_mode():
+        wanted = reference(pixel_values=image.permute(0, 3, 1, 2).float()).pooler_output
+    torch.testing.assert_close(logits_of(loaded.module, (image,)), wanted.flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_image_tower_of_a_dual_encoder_is_a_backbone(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config={**sizes, "vocab_size": 8}, vision_config=vision)
+    whole = AutoModel.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    loaded = load_backbone(resolve(str(tmp_path)), "image-classification", 32, None)
+    assert not any("text" in name for name, _ in loaded.module.named_parameters())
+    (image,) = inputs_of(loaded)
+    pixels = (image.permute(0, 3, 1, 2) - loaded.module.mean) / loaded.module.std  # type: ignore[operator]
+    with torch.inference_mode():
+        wanted = whole.vision_model(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(logits_of(loaded.module, (image,)), wanted)
+
+
+def test_the_last_maps_are_taken_of_what_is_only_part_of_a_detector() -> None:
+    config = {
+        "model_type": "hgnet_v2", "stem_channels": [3, 4, 4], "stage_in_channels": [4], "stage_mid_channels": [4],
+        "stage_out_channels": [8], "stage_num_blocks": [1], "stage_downsample": [False], "stage_light_block": [False],
+        "stage_kernel_size": [3], "stage_numb_of_layers": [1], "depths": [1], "hidden_sizes": [8], "embedding_size": 4,
+    }  # fmt: skip
+    loaded = image_backbone(
+        {"library": "hf", "modality": "image", "config": config, "mean": [0.5] * 3, "std": [0.5] * 3}
+    )
+    assert loaded.feature_dim == 8
 
 
 HF_PROCESSORS: dict[str, dict[str, object]] = {

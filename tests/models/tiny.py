@@ -22,6 +22,21 @@ BERT = {
     "model_type": "bert", "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24,
 }  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": len(WORDS), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24,
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+SQUEEZEBERT = {**BERT, "model_type": "squeezebert", "embedding_size": 16}
+T5 = {
+    "model_type": "t5", "vocab_size": len(WORDS), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2,
+    "num_heads": 2, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0,
+}  # fmt: skip
+BART = {
+    "model_type": "bart", "vocab_size": len(WORDS), "d_model": 16, "encoder_layers": 2, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+    "max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+    "decoder_start_token_id": 2,
+}  # fmt: skip
 RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
 }  # fmt: skip
@@ -65,12 +80,12 @@ def tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-def hf_text_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A Hugging Face folder of a tiny BERT: config.json, model.safetensors and the tokenizer."""
+def hf_text_folder(folder: Path, dtype: torch.dtype = torch.float32, config: dict[str, Any] = BERT) -> Path:
+    """A Hugging Face folder of a tiny network: config.json, model.safetensors and the tokenizer."""
     from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    values = dict(BERT)
+    values = dict(config)
     network = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).to(dtype)
     network.save_pretrained(folder)
     source = folder / "source.json"
@@ -94,12 +109,12 @@ def image_backbone(architecture: dict[str, Any] = TIMM, size: int = 32) -> Loade
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
 
 
-def text_backbone() -> LoadedBackbone:
-    """A tiny BERT with random weights."""
+def text_backbone(config: dict[str, Any] = BERT) -> LoadedBackbone:
+    """A tiny network with random weights."""
     from models.modalities.text import TextProcessing
 
     torch.manual_seed(0)
-    architecture = {"library": "hf", "modality": "text", "config": BERT}
+    architecture = {"library": "hf", "modality": "text", "config": config}
     module = build_backbone(architecture)
     processing = TextProcessing(tokenizer_json(), 16)
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)

@@ -26,6 +26,7 @@ from stages.export import (
     fp16_from_fp32,
     parity_gates,
     reference_logits,
+    root_of,
     save_onnx,
     shape_errors,
     tried_inputs,
@@ -263,6 +264,47 @@ def test_attention_that_has_no_onnx_form_is_written_out(tmp_path: Path) -> None:
     check_graph(tmp_path / "five.onnx", checkpoint.spec.io)
     reference, _ = reference_logits(checkpoint, shapes)
     assert max(error for _, error in shape_errors(tmp_path / "five.onnx", shapes, reference, 2)) < 1e-5
+
+
+def test_bytes_are_cast_before_they_are_moved() -> None:
+    """TensorRT takes an image of bytes only where a cast reads it."""
+    model, io = exported_io()
+    assert {node.op_type for node in model.graph.node if io.inputs[0].name in node.input} == {"Cast"}
+
+
+class ZerosBesideNegatives(torch.nn.Module):
+    """As transformers' bit: zeros around the maps, then a maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        maps = self.network(image.to(self.network.weight.dtype).permute(0, 3, 1, 2) / 255).abs().neg() - 1
+        padded = torch.nn.functional.pad(maps, (1, 1, 1, 1))
+        return torch.nn.functional.max_pool2d(padded, 3, 2).mean((2, 3))
+
+
+def test_zeros_around_negative_values_stay_zeros_in_a_maximum(tmp_path: Path) -> None:
+    """ONNX Runtime takes a padding into the pool, as if it were −∞."""
+    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
+    checkpoint = replace(checkpoint, model=Classifier(ZerosBesideNegatives(), torch.nn.Linear(3, 3)).eval())
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
+    exported, _ = export_onnx(checkpoint, shapes[1], 20)
+    save_onnx(exported, tmp_path / "padded.onnx")
+    check_graph(tmp_path / "padded.onnx", checkpoint.spec.io)
+    reference, _ = reference_logits(checkpoint, shapes)
+    assert max(error for _, error in shape_errors(tmp_path / "padded.onnx", shapes, reference, 2)) < 1e-5
+
+
+def test_the_reason_of_a_failed_export_is_its_first_cause() -> None:
+    try:
+        try:
+            raise ValueError("Found conflicts:\n  - a static shape of 7 for inputs[0].shape[1]\n\nadvice")
+        except ValueError as error:
+            raise RuntimeError("This is step 1/3 of exporting the model") from error
+    except RuntimeError as error:
+        assert root_of(error) == "ValueError: Found conflicts: - a static shape of 7 for inputs[0].shape[1]"
 
 
 def test_an_export_that_fails_twice_says_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

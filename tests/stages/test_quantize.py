@@ -286,6 +286,33 @@ def test_matrix_products_are_scaled_along_their_output_channels(tmp_path: Path, 
     assert 60 <= np.abs(integers).max() <= 64
 
 
+def test_a_product_with_a_constant_that_has_a_batch_axis_stays_in_float(tmp_path: Path) -> None:
+    """The positions of wav2vec2-conformer: ONNX Runtime fails to run their INT8 form, dynamic and static."""
+    random = np.random.default_rng(0)
+    weights = {"w": random.standard_normal((16, 12)), "positions": random.standard_normal((1, 4, 12, 5))}
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["projected"], "projection"),
+            helper.make_node("MatMul", ["projected", "positions"], ["logits"], "places"),
+        ],
+        "conformer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4, 6, 16])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4, 6, 5])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert [node.name for node in compute_nodes(model)] == ["projection"]
+    onnx.save(model, tmp_path / "model.onnx")
+    inputs = {"x": random.standard_normal((2, 4, 6, 16)).astype(np.float32)}
+    ranges = calibrate_ranges(tmp_path / "model.onnx", tmp_path, iter([inputs]), lambda: None)
+    onnx.save(quantize_graph(model, ranges, Form()), tmp_path / "int8.onnx")
+    found = []
+    for file in ("model.onnx", "int8.onnx"):
+        with OnnxRuntimeSession(tmp_path / file, threads=1) as session:
+            found.append(session.infer(inputs)["logits"])
+    assert 0 < np.abs(found[1] - found[0]).max() < 0.05 * np.ptp(found[0])
+
+
 def test_only_residual_additions_are_quantized() -> None:
     model = fragile_network()
     constant = numpy_helper.from_array(np.ones((1, 4, 1, 1), np.float32), "bias")
