@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, DataError, IntegrityError, RuntimeInferenceError, StageError
-from models.spec import IOSpec
+from models.spec import IOSpec, side_by_side
 from models.tasks import Answer, task_of
 
 if TYPE_CHECKING:
@@ -138,20 +138,39 @@ class Bundle:
             predictions += self.kind.answers(self.infer(arrays, threads), self.labels)
         return predictions
 
+    def similarities(self, images: Sequence[Content], texts: Sequence[str], threads: int = 2) -> np.ndarray:
+        """Cosines of each image (rows) with each text: float64 (images, texts).
+
+        Raises:
+            DataError: the bundle is not of the task image-text, or an image or text cannot be read.
+            RuntimeInferenceError: as `predict`.
+        """
+        import numpy as np
+
+        if self.task != "image-text":
+            raise DataError(f"texts are compared with images by the task image-text; this bundle's is {self.task}")
+        # The network takes pairs; what there is less of is repeated.
+        count = max(len(images), len(texts))
+        pairs: list[Content] = [(images[i % len(images)], texts[i % len(texts)]) for i in range(count)]  # type: ignore[misc]
+        parts = [self.infer(self.processing.arrays(pairs[i : i + 16]), threads) for i in range(0, count, 16)]
+        images_, texts_ = np.split(np.concatenate(parts).astype(np.float64), 2, axis=1)
+        return np.asarray(images_[: len(images)] @ texts_[: len(texts)].T)
+
     def infer(self, arrays: Mapping[str, np.ndarray], threads: int = 2, model: str | None = None) -> np.ndarray:
-        """Outputs: float32 (batch, outputs) from preprocessed arrays, with the chosen candidate or `model`."""
+        """Outputs side by side: float32 (batch, width) from preprocessed arrays, with the chosen candidate or
+        `model`."""
         outputs_by_name = self._session(model or self.chosen, threads).infer(arrays)
-        name = self.io.outputs[0].name
         if set(outputs_by_name) != {output.name for output in self.io.outputs}:
             raise RuntimeInferenceError(
                 f"the network gave {sorted(outputs_by_name)}; the bundle's contract names "
                 f"{sorted(output.name for output in self.io.outputs)}"
             )
-        outputs = outputs_by_name[name]
         batch = len(next(iter(arrays.values())))
-        if outputs.shape != (batch, len(self.labels)):
-            raise RuntimeInferenceError(f"{name} has shape {outputs.shape}; expected {(batch, len(self.labels))}")
-        return outputs
+        for output in self.io.outputs:
+            shape = outputs_by_name[output.name].shape
+            if shape != (batch, output.dims[1]):
+                raise RuntimeInferenceError(f"{output.name} has shape {shape}; expected {(batch, output.dims[1])}")
+        return side_by_side({output.name: outputs_by_name[output.name] for output in self.io.outputs})
 
     def verify(self, threads: int = 2) -> VerifyReport:
         """Digests, preprocessing and outputs of the golden samples, on this device.
@@ -315,8 +334,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name in manifest["files"].keys() | {BUNDLE_FILE}:
             check_name(name)
             check_spelling(name, spellings)
-        if not manifest["labels"] or len(set(manifest["labels"])) != len(manifest["labels"]):
-            raise IntegrityError(f"{path}: the labels are none, or not unique")
+        labels = manifest["labels"]
+        if len(labels) < task_of(manifest["task"]).fewest_labels or len(set(labels)) != len(labels):
+            raise IntegrityError(f"{path}: the labels are too few, or not unique")
         for value in manifest["models"].values():
             if value["file"] not in manifest["files"]:
                 raise IntegrityError(f"{path} names the model {value['file']!r}, which is not among its files")

@@ -57,15 +57,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ModelError: a file is missing or damaged, keys or shapes differ, or a weight is NaN or infinite.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from models.backbones.build import build_backbone, check_finite
-    from models.classifier import Classifier
+    from models.classifier import Classifier, make_head
 
     spec = load_spec(folder)
-    model = Classifier(build_backbone(spec.architecture), torch.nn.Linear(spec.feature_dim, len(spec.labels)))
+    head = make_head(spec.architecture, spec.feature_dim, spec.io.width)
+    model = Classifier(build_backbone(spec.architecture), head)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except (OSError, SafetensorError) as error:

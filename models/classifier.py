@@ -1,9 +1,10 @@
-"""The adapted network: a backbone that gives features, and one linear head."""
+"""The adapted network: a backbone that gives features, and a head: one linear layer, or a projection for each half."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,10 +16,40 @@ if TYPE_CHECKING:
     from models.backbones.build import LoadedBackbone
 
 
-class Classifier(nn.Module):
-    """`backbone(*inputs)` → features; `task_head(features)` → logits. Inputs come in the order of the I/O spec."""
+LARGEST_SCALE = 100.0
+"""Of the cosines in a contrastive loss, so that training stays stable (Radford et al. 2021, CLIP)."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+
+class PairHead(nn.Module):
+    """Embeddings of length 1 of the two halves of the features: float32 (batch, 2 × embedding).
+
+    A half has as many columns as the wider of both backbones gives features; behind those of the other are zeros.
+    """
+
+    def __init__(self, widths: tuple[int, int], embedding: int, scale: float) -> None:
+        super().__init__()
+        self.image = nn.Linear(widths[0], embedding)
+        self.text = nn.Linear(widths[1], embedding)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        """Of the cosines in the loss: the inverse of the temperature."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 (batch, 2 × embedding)."""
+        images, texts = features.chunk(2, dim=1)
+        projected = self.image(images[:, : self.image.in_features]), self.text(texts[:, : self.text.in_features])
+        return torch.cat([nn.functional.normalize(one, dim=1) for one in projected], dim=1)
+
+    def lengthened(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The outputs with the scale as the length of the image's embedding."""
+        images, texts = outputs.chunk(2, dim=1)
+        return torch.cat([images * self.log_scale.exp().clamp(max=LARGEST_SCALE), texts], dim=1)
+
+
+class Classifier(nn.Module):
+    """`backbone(*inputs)` → features; `task_head(features)` → logits, or embeddings side by side. Inputs come in the
+    order of the I/O spec."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.task_head = head
@@ -29,24 +60,61 @@ class Classifier(nn.Module):
         return features
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Logits: float32 (batch, classes)."""
+        """float32 (batch, outputs)."""
         logits: torch.Tensor = self.task_head(self.backbone(*inputs))
         return logits
 
 
-def new_classifier(loaded: LoadedBackbone, classes: int) -> Classifier:
-    """A loaded backbone with a new head of `classes` outputs: small random weights, zero bias."""
-    head = nn.Linear(loaded.feature_dim, classes)
-    nn.init.trunc_normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
+def new_classifier(loaded: LoadedBackbone, outputs: int) -> Classifier:
+    """A loaded backbone with a new head of so many `outputs`: small random weights, zero bias; or with the projections
+    that the backbone brings."""
+    head = make_head(loaded.architecture, loaded.feature_dim, outputs)
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+    if loaded.head is not None:
+        head.load_state_dict(loaded.head)
     return Classifier(loaded.module, head)
+
+
+def make_head(architecture: dict[str, Any], features: int, outputs: int) -> nn.Module:
+    """The head of a backbone of this architecture, with random weights."""
+    if architecture["library"] != "dual":
+        return nn.Linear(features, outputs)
+    from models.tasks.retrieval import TEMPERATURE
+
+    return PairHead(tuple(architecture["widths"]), outputs // 2, 1 / TEMPERATURE)
+
+
+def set_head(model: Classifier, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Make the head the linear map `weight` (outputs, features), `bias` (outputs,) of the features: of a pair the
+    blocks of it that take a half to its embedding."""
+    head = model.task_head
+    parts = [head]
+    if isinstance(head, PairHead):
+        parts = [head.image, head.text]
+    rows, columns = weight.shape[0] // len(parts), weight.shape[1] // len(parts)
+    with torch.no_grad():
+        for index, part in enumerate(parts):
+            start = index * columns
+            part.weight.copy_(weight[index * rows :][:rows, start : start + part.in_features])
+            part.bias.copy_(bias[index * rows :][:rows])
+
+
+def for_loss(network: Any, outputs: torch.Tensor) -> torch.Tensor:
+    """The outputs of `network`, which may be in peft's wrapper, as the task's loss takes them."""
+    lengthened = getattr(network.task_head, "lengthened", None)
+    return outputs if lengthened is None else lengthened(outputs)
 
 
 def make_spec(task: TaskName, backbone: BackboneSpec, loaded: LoadedBackbone, labels: tuple[str, ...]) -> ModelSpec:
     """The specification that is stored beside the weights (`processing` is filled in when it is saved)."""
-    io = IOSpec(loaded.processing.inputs, (task_of(task).output(labels),))
+    width = None if loaded.head is None else len(loaded.head["image.weight"])
+    io = IOSpec(loaded.processing.inputs, task_of(task).outputs(labels, width))
     # A folder's path belongs to this machine, not to the artifact.
-    return ModelSpec(task, replace(backbone, folder=None), loaded.architecture, loaded.feature_dim, labels, {}, io)
+    backbone = replace(backbone, folder=None, parts=tuple(replace(part, folder=None) for part in backbone.parts))
+    return ModelSpec(task, backbone, loaded.architecture, loaded.feature_dim, labels, {}, io)
 
 
 def hold_batchnorm(model: nn.Module) -> None:

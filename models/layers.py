@@ -34,31 +34,39 @@ def backbone_layers(model: Classifier, inputs: Sequence[torch.Tensor]) -> list[L
     numbered block, the blocks in the order in which a forward pass on `inputs` (positional, batch first) calls them:
     what is called before the first block is the stem, what is called between two blocks belongs to the one that
     follows, and what is called behind the last one belongs to it. A block that runs many times (albert) is one layer.
+
+    Of two towers side by side the layers are in the order of their height, as a share of their tower's.
     """
-    network = model.backbone.get_submodule("network")
-    matcher = getattr(network, "group_matcher", None)
-    groups = timm_groups(network, matcher) if callable(matcher) else called_groups(model, inputs)
+    import torch
+
+    both = model.backbone.get_submodule("network")
+    towers = [f"network.{name}." for name in both] if isinstance(both, torch.nn.ModuleDict) else [""]
+    placed = []
+    for tower in towers:
+        network = model.backbone.get_submodule(f"{tower}network")
+        matcher = getattr(network, "group_matcher", None)
+        found = timm_groups(network, matcher, tower) if callable(matcher) else called_groups(model, inputs, tower)
+        placed += [((index + 1) / len(found), names) for index, names in enumerate(found)]
+    groups = [names for _, names in sorted(placed, key=lambda one: one[0])]
     layers = [Layer(name_of(names), tuple(names)) for names in groups if names]
     return [Layer(STEM, layers[0].parameters), *layers[1:]] if len(layers) > 1 else layers
 
 
-def timm_groups(network: nn.Module, matcher: Callable[..., Any]) -> list[list[str]]:
+def timm_groups(network: nn.Module, matcher: Callable[..., Any], tower: str) -> list[list[str]]:
     """Parameter names by timm's own depth. Its last group is norms and projections behind the blocks."""
     from timm.models import group_parameters
 
     groups = group_parameters(network, matcher(coarse=False))
-    return [[f"backbone.network.{name}" for name in groups[index]] for index in sorted(groups)]
+    return [[f"backbone.{tower}network.{name}" for name in groups[index]] for index in sorted(groups)]
 
 
-def called_groups(model: Classifier, inputs: Sequence[torch.Tensor]) -> list[list[str]]:
-    """Parameter names by numbered block, in the order of the first call."""
+def called_groups(model: Classifier, inputs: Sequence[torch.Tensor], tower: str) -> list[list[str]]:
+    """Parameter names of a tower by numbered block, in the order of the first call."""
     order = call_order(model, inputs)
-    owners = sorted(
-        {name.rpartition(".")[0] for name, _ in model.backbone.named_parameters()},
-        key=lambda owner: position_of(owner, order),
-    )
+    names = [name for name, _ in model.backbone.named_parameters() if name.startswith(tower)]
+    owners = sorted({name.rpartition(".")[0] for name in names}, key=lambda owner: position_of(owner, order))
     members: dict[str, list[str]] = {}
-    for name, _ in model.backbone.named_parameters():
+    for name in names:
         members.setdefault(name.rpartition(".")[0], []).append(f"backbone.{name}")
     groups: dict[str, list[str]] = {STEM: []}
     waiting: list[str] = []

@@ -1,4 +1,5 @@
-"""Backbone ids: `timm:<name>`, `hf:<org>/<repo>@<revision>`, or a local folder.
+"""Backbone ids: `timm:<name>`, `hf:<org>/<repo>@<revision>`, a local folder, or an image and a text backbone as
+`<id>+<id>`.
 
 `resolve` touches neither the network nor torch; `pin` asks the hub for a commit, and `load_backbone` for weights.
 """
@@ -33,14 +34,16 @@ def resolve(backbone_id: str) -> BackboneSpec:
             cannot be used.
     """
     prefix, colon, name = backbone_id.partition(":")
+    folder = Path(backbone_id).expanduser()
+    if "+" in backbone_id and not os.path.isdir(folder):
+        return resolve_dual(backbone_id)
     if colon and prefix == "timm":
         return resolve_timm(backbone_id, name)
     if colon and prefix == "hf":
         return resolve_hf(backbone_id, name)
-    folder = Path(backbone_id).expanduser()
     if os.path.isdir(folder):  # pathlib raises for a name that no file system takes
         return resolve_folder(backbone_id, folder)
-    hint = "expected timm:<name>, hf:<org>/<repo>@<revision> or a local folder"
+    hint = "expected timm:<name>, hf:<org>/<repo>@<revision>, a local folder, or <image backbone>+<text backbone>"
     bare = name or prefix
     if "/" in bare and not bare.startswith((".", "/")):
         hint += f"; for the hub write hf:{bare}"
@@ -80,6 +83,22 @@ def resolve_hf(backbone_id: str, name: str) -> BackboneSpec:
     )
 
 
+def resolve_dual(backbone_id: str) -> BackboneSpec:
+    """An image backbone and a text backbone, each by its own id, that are put together."""
+    image, text = (resolve(one) for one in backbone_id.split("+", 1))
+    if text.library == "timm":
+        hint = "write <image backbone>+<text backbone>, the second an hf: encoder or a folder"
+        raise ConfigError([Problem("backbone", f"{text.id} takes images, and stands where the text's belongs", hint)])
+    return join(backbone_id, (image, text))
+
+
+def join(backbone_id: str, parts: tuple[BackboneSpec, BackboneSpec]) -> BackboneSpec:
+    """The two as one backbone."""
+    digest = hashlib.sha256(" ".join(part.weights_digest for part in parts).encode()).hexdigest()
+    name, weights = ("+".join(part.name.rsplit("/", 1)[-1] for part in parts), "; ".join(one.weights for one in parts))
+    return BackboneSpec(backbone_id, "dual", name, None, None, weights, digest, parts)
+
+
 def packaged_spec(backbone_id: str, library: Literal["timm", "hf"], name: str) -> BackboneSpec | None:
     """The backbone of an installed package that carries its weights, or None."""
     packaged = find_packaged(backbone_id)
@@ -93,8 +112,15 @@ def packaged_spec(backbone_id: str, library: Literal["timm", "hf"], name: str) -
 
 def check_task(spec: BackboneSpec, task: TaskName) -> None:
     """Raises `ConfigError` where it is known without loading anything that the backbone cannot do the task."""
+    if (spec.library == "dual") != (MODALITY_OF_TASK[task] == "image-text"):
+        # A folder may hold a network with two towers: loading it will say so.
+        if spec.library == "hf":
+            return
+        hint = "write <image backbone>+<text backbone>" if spec.library == "timm" else "take one of the two"
+        message = f"{spec.id} takes {'images' if spec.library == 'timm' else 'images and texts'}, the task is {task}"
+        raise ConfigError([Problem("backbone", message, hint)])
     own = spec.folder is not None and (Path(spec.folder) / "model.json").is_file()
-    if spec.library == "timm" and not own and MODALITY_OF_TASK[task] != "image":
+    if spec.library == "timm" and not own and MODALITY_OF_TASK[task] not in ("image", "image-text"):
         message = f"{spec.id} takes images, the task is {task}"
         raise ConfigError([Problem("backbone", message, "use an hf: encoder, or change the task")])
 
@@ -108,6 +134,9 @@ def pin(spec: BackboneSpec) -> BackboneSpec:
     Raises:
         ConfigError: the hub has no such repository or revision.
     """
+    if spec.parts:
+        image, text = (pin(part) for part in spec.parts)
+        return join(spec.id, (image, text))
     if spec.weights != "hub":
         return spec
     from huggingface_hub import hf_hub_download
@@ -175,7 +204,7 @@ def resolve_folder(backbone_id: str, folder: Path) -> BackboneSpec:
     return BackboneSpec(backbone_id, library, name, None, str(folder.resolve()), "folder", digest_of_folder(folder))
 
 
-def library_of_checkpoint(backbone_id: str, folder: Path) -> Literal["timm", "hf"]:
+def library_of_checkpoint(backbone_id: str, folder: Path) -> Literal["timm", "hf", "dual"]:
     """The library of the backbone in a checkpoint of this project. Raises `ConfigError`."""
     from models.checkpoint import load_spec
 
@@ -212,7 +241,11 @@ def load_backbone(
     if spec.folder and (Path(spec.folder) / "model.json").is_file():
         return from_own_checkpoint(spec, modality, image_size, max_length, max_seconds, pretrained, pairs)
     check_task(spec, task)
-    if spec.library == "timm":
+    if spec.library == "dual":
+        from models.backbones.dual import load_dual
+
+        module, architecture, processing = load_dual(spec, image_size, max_length, pretrained)
+    elif spec.library == "timm":
         module, architecture, processing = load_timm(spec, image_size, pretrained)
     else:
         module, architecture, processing = load_hf(
@@ -246,8 +279,8 @@ def from_own_checkpoint(
         takes, given = ("two texts", "one") if not pairs else ("one text", "two")
         raise ModelError(f"{spec.id} takes {takes} an example, the data has {given} (data.text_pair_column)")
     for key, asked, own in (
-        ("image_size", image_size, getattr(processing, "size", None)),
-        ("max_length", max_length, getattr(processing, "max_length", None)),
+        ("image_size", image_size, getattr(getattr(processing, "image", processing), "size", None)),
+        ("max_length", max_length, getattr(getattr(processing, "text", processing), "max_length", None)),
         ("max_seconds", max_seconds, getattr(processing, "seconds", None)),
     ):
         if own is not None and asked not in (None, own):

@@ -6,13 +6,18 @@ because the edge runner imports it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TaskName = Literal[
     "image-classification", "image-multilabel", "image-regression",
     "text-classification", "text-multilabel", "text-regression",
     "audio-classification", "audio-multilabel", "audio-regression",
+    "image-text",
 ]  # fmt: skip
 """What a network does; `models/tasks` has a row for each."""
 
@@ -41,6 +46,11 @@ class IOSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def width(self) -> int:
+        """Numbers an example in all outputs together."""
+        return sum(int(output.dims[1]) for output in self.outputs)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
@@ -55,21 +65,36 @@ class IOSpec:
         return cls(tensors(value["inputs"]), tensors(value["outputs"]))
 
 
+def side_by_side(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All outputs of a network as one array: float32 (batch, width), in their order."""
+    import numpy as np
+
+    arrays = list(outputs.values())
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """A resolved backbone id; nothing has been loaded yet.
 
     `weights` names where the weights come from (`package …==…`, `hub …@<commit>`, `folder …`), and
-    `weights_digest` is the SHA-256 (or the hub commit) that the freshness key of `finetune` uses.
+    `weights_digest` is the SHA-256 (or the hub commit) that the freshness key of `finetune` uses. A dual encoder that
+    is put together (`dual`) has its image and its text backbone as `parts`.
     """
 
     id: str
-    library: Literal["timm", "hf"]
+    library: Literal["timm", "hf", "dual"]
     name: str
     revision: str | None
     folder: str | None
     weights: str
     weights_digest: str
+    parts: tuple[BackboneSpec, ...] = ()
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> BackboneSpec:
+        """The inverse of `asdict`."""
+        return cls(**{**value, "parts": tuple(cls.from_dict(part) for part in value.get("parts", ()))})
 
 
 @dataclass(frozen=True)
@@ -98,7 +123,7 @@ class ModelSpec:
         """The inverse of `to_dict`."""
         return cls(
             task=value["task"],
-            backbone=BackboneSpec(**value["backbone"]),
+            backbone=BackboneSpec.from_dict(value["backbone"]),
             architecture=value["architecture"],
             feature_dim=value["feature_dim"],
             labels=tuple(value["labels"]),

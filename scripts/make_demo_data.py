@@ -1,11 +1,13 @@
-"""Make the embedded demo data again from Debian's packages.
+"""Make the embedded demo data again from packages of Debian and npm.
 
     apt-get download dataset-fashion-mnist wordnet-base
-    python scripts/make_demo_data.py *.deb
+    npm pack emoji-datasource-google@16.0.0
+    python scripts/make_demo_data.py *.deb *.tgz
 
 Fashion-MNIST: class-balanced, seeded samples of the original train and test parts, as gzipped IDX.
 WordNet: glosses of ten noun topics (the lexicographer file of the synset is the label); of words with several senses,
 with the topics of all of them; pairs of glosses with their relation, and with their similarity; as gzipped TSV.
+Emoji: pictures with their names, near-duplicates in one split only, as zip files.
 The licences come from the packages too. Made again from the same packages, every byte is the same.
 """
 
@@ -13,10 +15,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import random
 import struct
 import subprocess
+import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +30,8 @@ import numpy as np
 DEMO_FOLDER = Path(__file__).parents[1] / "stages/data/demo"
 SIZES = {"train": 1500, "validation": 500, "calibration": 300, "test": 2000}
 SMALL_SIZES = {"train": 1200, "validation": 400, "calibration": 200, "test": 1000}
+PEOPLE = {"man", "men", "woman", "women", "person", "people"}
+EMOJI_SIZES = {"test": 240, "validation": 120, "calibration": 60, "train": 640}
 BINS = 10
 SENSES = ((1, 0.5), (2, 0.45), (3, 0.05))
 """Number of topics and its share of the examples."""
@@ -38,12 +45,17 @@ TOPICS = {
 def main() -> None:
     """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packages", type=Path, nargs="+", help=".deb files, or folders they were unpacked into")
+    parser.add_argument(
+        "packages", type=Path, nargs="+", help=".deb and .tgz files, or folders they were unpacked into"
+    )
     parser.add_argument("--output", type=Path, default=DEMO_FOLDER, help="default: stages/data/demo")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for package in arguments.packages:
-            if not package.is_dir():
+            if package.suffix == ".tgz":
+                with tarfile.open(package) as archive:
+                    archive.extractall(folder, filter="data")
+            elif not package.is_dir():
                 subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
         roots = [Path(folder), *(package for package in arguments.packages if package.is_dir())]
         (arguments.output / "licenses").mkdir(parents=True, exist_ok=True)
@@ -51,6 +63,7 @@ def main() -> None:
         synsets = read_synsets(find(roots, "data.noun"))
         for make in (make_topics, make_senses, make_relations, make_similarity):
             make(synsets, arguments.output)
+        make_emoji(find(roots, "emoji.json").parent, arguments.output)
         for package, name in {"dataset-fashion-mnist": "fashion-mnist", "wordnet-base": "wordnet"}.items():
             text = find(roots, f"doc/{package}/copyright").read_text(encoding="utf-8")
             (arguments.output / f"licenses/{name}.txt").write_text(text, encoding="utf-8")
@@ -61,7 +74,9 @@ def find(roots: list[Path], pattern: str) -> Path:
     for root in roots:
         for path in root.rglob(pattern):
             return path
-    raise SystemExit(f"no {pattern} in the packages; both are needed: dataset-fashion-mnist and wordnet-base")
+    raise SystemExit(
+        f"no {pattern} in the packages; all are needed: dataset-fashion-mnist, wordnet-base, emoji-datasource-google"
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -255,6 +270,48 @@ def make_similarity(synsets: dict[str, Synset], output: Path) -> None:
         some = [queue.pop() for queue in rows for _ in range(size // BINS)]
         generator.shuffle(some)
         write_table(output / f"wordnet-similarity.{split}.tsv.gz", some)
+
+
+def make_emoji(package: Path, output: Path) -> None:
+    """Pictures of 64 px with their names in small letters. Emoji whose names begin with the same word in the same
+    subcategory are near-duplicates (the hours of a clock; a mage, a man and a woman mage) and stay together.
+
+    Not flags: what a flag looks like says nothing of the name of a country that was not in train.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, Path]]] = {}
+    names = set[str]()
+    for entry in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
+        name, picture = entry["name"].lower(), package / "img/google/64" / entry["image"]
+        if entry["has_img_google"] and entry["category"] not in ("Flags", "Component") and name not in names:
+            names.add(name)
+            words = [word for word in name.split() if word not in PEOPLE] or [name]
+            groups.setdefault((words[0], entry["subcategory"]), []).append((name, picture))
+    generator = random.Random(0)
+    queue = [groups[key] for key in sorted(groups)]
+    generator.shuffle(queue)
+    for split, size in EMOJI_SIZES.items():
+        rows: list[tuple[str, Path]] = []
+        while len(rows) < size:
+            rows += queue.pop()[: size - len(rows)]
+        generator.shuffle(rows)
+        with zipfile.ZipFile(output / f"emoji.{split}.zip", "w", zipfile.ZIP_STORED) as archive:
+            write_entry(archive, "names.txt", "".join(f"{name}\n" for name, _ in rows).encode())
+            for number, (_, picture) in enumerate(rows, 1):
+                write_entry(archive, f"{number:04}.png", picture.read_bytes())
+    licence = (package / "LICENSE").read_text(encoding="utf-8")
+    (output / "licenses/emoji.txt").write_text(EMOJI_NOTICE + licence, encoding="utf-8")
+
+
+EMOJI_NOTICE = """The pictures are of Google's Noto Emoji (https://github.com/googlefonts/noto-emoji), (c) Google Inc.,
+under the Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0). The names are of emoji-data
+(https://github.com/iamcal/emoji-data), under the licence that follows.
+
+"""
+
+
+def write_entry(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """A file without a time stamp or rights of this machine."""
+    archive.writestr(zipfile.ZipInfo(name), data)
 
 
 if __name__ == "__main__":

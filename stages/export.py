@@ -217,9 +217,8 @@ def use_plain_attention(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    network = model.backbone.network
-    if hasattr(network, "set_attn_implementation"):
-        network.set_attn_implementation("eager")
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("eager")
 
 
 @contextmanager
@@ -282,7 +281,7 @@ def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: 
     with warnings.catch_warnings(), contextlib.redirect_stdout(text_io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model,
+            named_outputs(model, io),
             tuple(torch.from_numpy(example[tensor.name]) for tensor in io.inputs),
             input_names=[tensor.name for tensor in io.inputs],
             output_names=[tensor.name for tensor in io.outputs],
@@ -293,6 +292,21 @@ def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: 
         )
     assert program is not None
     return clean_graph(program.model_proto, io)
+
+
+def named_outputs(model: Any, io: IOSpec) -> Any:
+    """The network with its outputs, which it gives side by side, one by one."""
+    import torch
+
+    class Apart(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.model(*inputs).split([int(one.dims[1]) for one in io.outputs], dim=1)  # type: ignore[no-any-return]
+
+    return Apart().eval() if len(io.outputs) > 1 else model
 
 
 def clean_graph(model: onnx.ModelProto, io: IOSpec) -> onnx.ModelProto:
@@ -420,12 +434,13 @@ def shape_errors(
     import numpy as np
 
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+    from models.spec import side_by_side
 
     errors = []
     with OnnxRuntimeSession(path, threads=threads) as session:
         for arrays, wanted in zip(shapes, reference, strict=True):
             found = session.infer(arrays)
-            logits = next(iter(found.values()))
+            logits = side_by_side(found)
             name = ", ".join("×".join(map(str, array.shape)) for array in list(arrays.values())[:1])
             same = logits.shape == wanted.shape
             errors.append((name, float(np.abs(logits - wanted).max()) if same else float("nan")))

@@ -31,12 +31,14 @@ def predict(
     progress: Progress,
     description: str,
 ) -> np.ndarray:
-    """float32 (examples, outputs), from a runtime's first output."""
+    """float32 (examples, outputs): a runtime's outputs side by side."""
     import numpy as np
+
+    from models.spec import side_by_side
 
     outputs = []
     with progress.task(description, len(examples)) as advance:
         for inputs, count in batches(processing, examples, batch_size):
-            outputs.append(next(iter(runtime.infer(inputs).values())))
+            outputs.append(side_by_side(runtime.infer(inputs)))
             advance(count)
     return np.concatenate(outputs)

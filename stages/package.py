@@ -30,6 +30,7 @@ from models.bundle import (
     open_bundle,
 )
 from models.errors import IntegrityError
+from models.spec import side_by_side
 from models.tasks import Target, task_of
 from stages.artifact import digest_files, sha256_of_file, write_json
 from stages.base import (
@@ -192,12 +193,11 @@ def write_golden(
     arrays = checkpoint.processing.arrays(
         [checkpoint.processing.from_file((folder / name).read_bytes()) for name in names]
     )
-    output = checkpoint.spec.io.outputs[0].name
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
-        saved = {**arrays, "outputs-reference": runtime.infer(arrays)[output]}
+        saved = {**arrays, "outputs-reference": side_by_side(runtime.infer(arrays))}
     for name, model in models.items():
         with OnnxRuntimeSession(bundle / model["file"], threads=context.threads) as session:
-            outputs = session.infer(arrays)[output]
+            outputs = side_by_side(session.infer(arrays))
         model["golden_outputs"] = f"outputs-{name}"
         model["golden_tolerance"] = GOLDEN_TOLERANCES[model["precision"]] * float(outputs.max() - outputs.min())
         saved[model["golden_outputs"]] = outputs
@@ -271,9 +271,11 @@ def model_card(name: str, checkpoint: Checkpoint, evidence: dict[str, Any], samp
     low, high = chosen["metric_difference_interval"]
     task, metric = task_of(spec.task), evidence["metric_name"]
     inputs = "\n".join(f"- `{one.name}`: {one.dtype} ({', '.join(map(str, one.dims))})" for one in spec.io.inputs)
+    outputs = "; ".join(f"`{one.name}`, {one.dtype} ({', '.join(map(str, one.dims))})" for one in spec.io.outputs)
+    outputs = f"Output{'s' * (len(spec.io.outputs) > 1)}: {outputs}"
     return f"""# {plain(name)}
 
-{spec.task} with {len(spec.labels)} outputs, adapted from {plain(spec.backbone.id)} ({plain(spec.backbone.weights)}).
+{spec.task} with {spec.io.width} outputs, adapted from {plain(spec.backbone.id)} ({plain(spec.backbone.weights)}).
 Shipped as {chosen["name"]} ({chosen["precision"]}, {chosen["size_bytes"]} bytes), chosen for {evidence["objective"]}.
 
 ## Measured on {evidence["samples"]} held-out samples
@@ -296,7 +298,7 @@ Inputs; preprocessing is described in `bundle.json`, and normalisation is inside
 
 {inputs}
 
-Output: `{spec.io.outputs[0].name}`, float32 (batch, {len(spec.labels)}). {task.reading}
+{outputs}. {task.reading}
 
 {chr(10).join(f"{index}. {plain(label)}" for index, label in enumerate(spec.labels))}
 """

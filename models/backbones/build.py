@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A backbone in memory. `module.forward(*inputs)` gives float32 (batch, feature_dim)."""
+    """A backbone in memory. `module.forward(*inputs)` gives float32 (batch, feature_dim). `head`: the state of its own
+    projections, where it has some (see `models.classifier.PairHead`)."""
 
     module: torch.nn.Module
     feature_dim: int
     architecture: dict[str, Any]
     processing: Processing
+    head: dict[str, torch.Tensor] | None = None
 
 
 def build_backbone(architecture: dict[str, Any]) -> torch.nn.Module:
@@ -38,9 +40,13 @@ def build_backbone(architecture: dict[str, Any]) -> torch.nn.Module:
             return make_module(name, arguments, architecture["mean"], architecture["std"])
         if architecture.get("library") == "hf":
             return build_hf(architecture)
+        if architecture.get("library") == "dual":
+            from models.backbones.dual import build_dual
+
+            return build_dual(architecture)
     except KeyError as error:
         raise ModelError(f"the stored architecture has no {error}; it was not written by this project") from error
-    raise ModelError(f"unknown library {architecture.get('library')!r}; expected timm or hf")
+    raise ModelError(f"unknown library {architecture.get('library')!r}; expected timm, hf or dual")
 
 
 def measure_feature_dim(module: torch.nn.Module, processing: Processing) -> int:

@@ -1,4 +1,5 @@
-"""What differs between images, text and audio lives here: one preprocessing, in training, validation and on the edge.
+"""What differs between images, text, audio and pairs lives here: one preprocessing, in training, validation and on the
+edge.
 
 Imports numpy and the standard library only (Pillow, tokenizers, soundfile and soxr inside the modules): the edge
 runner reads this package without torch.
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from models.modalities.audio import Waveform
     from models.spec import TensorSpec
 
-    Content = str | tuple[str, str] | bytes | Path | np.ndarray | Waveform
+    Single = str | bytes | Path | np.ndarray | Waveform
+    Content = Single | tuple[Single, str]
     """One raw example: a text or two; an encoded image or recording, or its path; uint8 pixels (height, width[, 3]);
-    samples with their rate."""
+    samples with their rate; an image and its text."""
 
 PROCESSINGS = {
     "image": "models.modalities.vision:ImageProcessing",
     "text": "models.modalities.text:TextProcessing",
     "audio": "models.modalities.audio:AudioProcessing",
+    "image-text": "models.modalities.image_text:PairProcessing",
 }
 """Kind → "module:Class"."""
 

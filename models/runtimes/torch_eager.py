@@ -42,7 +42,8 @@ class TorchEager:
         torch.set_num_threads(self.threads_before)
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run once; the single output has the name that the I/O spec gives it. Raises `RuntimeInferenceError`."""
+        """Run once; the I/O spec names the outputs, which the network gives side by side. Raises
+        `RuntimeInferenceError`."""
         import torch
 
         try:
@@ -51,4 +52,5 @@ class TorchEager:
                 output = self.model(*tensors)
         except (RuntimeError, KeyError, TypeError) as error:
             raise RuntimeInferenceError(f"the PyTorch network failed on {describe(inputs)}: {error}") from error
-        return {self.io.outputs[0].name: output.float().cpu().numpy().copy()}
+        parts = output.float().cpu().split([int(one.dims[1]) for one in self.io.outputs], dim=1)
+        return {one.name: part.numpy().copy() for one, part in zip(self.io.outputs, parts, strict=True)}

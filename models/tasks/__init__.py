@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from models.spec import TaskName, TensorSpec
 
-Target = int | float | tuple[int, ...]
-"""What an example should give: the index of its label, a number, or the indices of its labels."""
+Target = int | float | tuple[int, ...] | str
+"""What an example should give: the index of its label, a number, the indices of its labels, or the text that belongs to
+it."""
 
 Label = str | float | tuple[str, ...]
 """The same as a person writes it."""
@@ -52,6 +53,8 @@ class Task(Protocol):
     """With fewer labels there is nothing to learn."""
     reading: ClassVar[str]
     """How to read the outputs, for the card of a bundle; the labels follow in a list."""
+    embeds: ClassVar[bool]
+    """Whether the outputs are embeddings: directions, which mean nothing alone and have no neighbours to vote."""
 
     def read(self, value: Any) -> Label:
         """The label in a cell of a table or the name of a folder.
@@ -73,8 +76,8 @@ class Task(Protocol):
         """A target as a person writes it."""
         ...
 
-    def output(self, labels: tuple[str, ...]) -> TensorSpec:
-        """The network's output."""
+    def outputs(self, labels: tuple[str, ...], width: int | None) -> tuple[TensorSpec, ...]:
+        """The network's outputs. `width`: of the embeddings that the backbone brings projections for, if it does."""
         ...
 
     def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
@@ -122,10 +125,10 @@ class Task(Protocol):
 
 
 def classes_of(target: Target) -> tuple[int, ...]:
-    """The labels of a target by index, which every split must hold in proportion; a number has none."""
+    """The labels of a target by index, which every split must hold in proportion; a number and a text have none."""
     if isinstance(target, tuple):
         return target
-    return () if isinstance(target, float) else (target,)
+    return (target,) if isinstance(target, int) else ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Row:
 SINGLE_LABEL = "models.tasks.single_label:SingleLabel"
 MULTI_LABEL = "models.tasks.multi_label:MultiLabel"
 REGRESSION = "models.tasks.regression:Regression"
+RETRIEVAL = "models.tasks.retrieval:Retrieval"
 
 TASKS: dict[TaskName, Row] = {
     "image-classification": Row("image", SINGLE_LABEL),
@@ -150,6 +154,7 @@ TASKS: dict[TaskName, Row] = {
     "audio-classification": Row("audio", SINGLE_LABEL),
     "audio-multilabel": Row("audio", MULTI_LABEL),
     "audio-regression": Row("audio", REGRESSION),
+    "image-text": Row("image-text", RETRIEVAL),
 }
 
 MODALITY_OF_TASK: dict[str, str] = {name: row.modality for name, row in TASKS.items()}

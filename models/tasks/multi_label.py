@@ -31,6 +31,7 @@ class MultiLabel:
     reading: ClassVar[str] = (
         "The logistic function gives the probability of each of these labels; above one half it holds."
     )
+    embeds: ClassVar[bool] = False
 
     def read(self, value: Any) -> Label:
         """The labels of a list, or of a text with ";" between them; none is a label set too. Raises `DataError`."""
@@ -54,9 +55,9 @@ class MultiLabel:
         """The labels with commas between them."""
         return ", ".join(labels[index] for index in classes_of(target)) or "(none)"
 
-    def output(self, labels: tuple[str, ...]) -> TensorSpec:
+    def outputs(self, labels: tuple[str, ...], width: int | None) -> tuple[TensorSpec, ...]:
         """Logits, one a label, each for itself."""
-        return TensorSpec("logits", "float32", ("batch", len(labels)))
+        return (TensorSpec("logits", "float32", ("batch", len(labels))),)
 
     def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
         """float32 (examples, labels): 1 for the labels of an example."""

@@ -30,6 +30,7 @@ class Regression:
     constant: ClassVar[str] = "mean of the training numbers"
     fewest_labels: ClassVar[int] = 1
     reading: ClassVar[str] = "The number itself, in the unit of the training data."
+    embeds: ClassVar[bool] = False
 
     def read(self, value: Any) -> Label:
         """A finite number. Raises `DataError`."""
@@ -54,9 +55,9 @@ class Regression:
         """The number in words."""
         return f"{target:g}"
 
-    def output(self, labels: tuple[str, ...]) -> TensorSpec:
+    def outputs(self, labels: tuple[str, ...], width: int | None) -> tuple[TensorSpec, ...]:
         """The number."""
-        return TensorSpec("value", "float32", ("batch", len(labels)))
+        return (TensorSpec("value", "float32", ("batch", len(labels))),)
 
     def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
         """float32 (examples, 1)."""

@@ -27,6 +27,7 @@ class SingleLabel:
         "Softmax gives the probabilities of these classes. It knows no others: an input that belongs to none of them "
         "gets one all the same."
     )
+    embeds: ClassVar[bool] = False
 
     def read(self, value: Any) -> Label:
         """The name of a class. Raises `DataError` for nothing, and for several."""
@@ -50,9 +51,9 @@ class SingleLabel:
         assert isinstance(target, int)
         return labels[target]
 
-    def output(self, labels: tuple[str, ...]) -> TensorSpec:
+    def outputs(self, labels: tuple[str, ...], width: int | None) -> tuple[TensorSpec, ...]:
         """Logits, one a class."""
-        return TensorSpec("logits", "float32", ("batch", len(labels)))
+        return (TensorSpec("logits", "float32", ("batch", len(labels))),)
 
     def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
         """int64 (examples,)."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from models.modalities.audio import audio_decoder, digest_of_audio
 from models.modalities.vision import digest_of_image, image_decoder
+from stages.data.splits import digest_of_text
 from stages.environment import user_cache
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ MAX_BYTES = 128 << 20
 
 
 class ContentDigests:
-    """Digests of decoded images or recordings. Call `save` once at the end."""
+    """Digests of decoded images or recordings, and of pairs of an image and a text. Call `save` once at the end."""
 
     def __init__(self, modality: str) -> None:
+        modality = modality.partition("-")[0]
         self.digest_of, decoder = DECODERS[modality]
         self.file = user_cache() / f"{modality}-digests-{decoder()}.txt"
         self.known = read_memory(self.file)
@@ -46,6 +48,9 @@ class ContentDigests:
             OSError: the file cannot be read.
             DataError: it is none of its modality.
         """
+        if isinstance(content, tuple):
+            image, text = content
+            return digest_of_text((self.digest(image), text))
         data = content.read_bytes() if isinstance(content, Path) else content
         if not isinstance(data, bytes):
             return self.digest_of(data)

@@ -96,13 +96,13 @@ def check_rows(rows: Sequence[Row], modality: str) -> tuple[list[Checked], list[
 
 
 def digest_of_row(row: Row, digests: ContentDigests | None) -> str:
-    """SHA-256 of a text, or of an image's pixels or a recording's samples.
+    """SHA-256 of a text, of an image's pixels or a recording's samples, or of an image and its text.
 
     Raises:
         DataError: it cannot be read; the message names the row.
     """
     if digests is None:
-        texts = row.content if isinstance(row.content, tuple) else (str(row.content),)
+        texts = tuple(map(str, row.content)) if isinstance(row.content, tuple) else (str(row.content),)
         for text in texts:
             if problem := unicode_problem(text) or ("" if text.strip() else "the text is empty"):
                 raise DataError(f"{row.origin}: {problem}")

@@ -136,6 +136,6 @@ def put_into_head(model: Classifier, probe: Probe) -> None:
     """Copy the probe into the network's head."""
     import torch
 
-    with torch.no_grad():
-        model.task_head.weight.copy_(torch.from_numpy(probe.weight))
-        model.task_head.bias.copy_(torch.from_numpy(probe.bias))
+    from models.classifier import set_head
+
+    set_head(model, torch.from_numpy(probe.weight), torch.from_numpy(probe.bias))

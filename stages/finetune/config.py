@@ -14,7 +14,7 @@ from stages.base import StageConfig
 Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora"]
 Family = Literal["cnn", "transformer", "text"]
 
-ADAPTER_RATES: dict[str, tuple[float, float]] = {"timm": (1e-3, 2e-3), "hf": (5e-4, 1e-3)}
+ADAPTER_RATES: dict[str, tuple[float, float]] = {"timm": (1e-3, 2e-3), "hf": (5e-4, 1e-3), "dual": (5e-4, 1e-3)}
 """Library → learning rates of adapters and head. Adapters learn at about ten times the rate of full fine-tuning
 (Schulman et al. 2025, "LoRA Without Regret"; measured on the two recipes)."""
 

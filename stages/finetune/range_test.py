@@ -65,7 +65,7 @@ def find_rates(network: torch.nn.Module, rates: Rates, setup: Setup, hold: bool)
     """
     import torch
 
-    from models.classifier import hold_batchnorm
+    from models.classifier import for_loss, hold_batchnorm
 
     device, plan = setup.context.device, setup.config
     trial = copy.deepcopy(network).to(device)
@@ -83,7 +83,7 @@ def find_rates(network: torch.nn.Module, rates: Rates, setup: Setup, hold: bool)
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * factor
                 logits = trial(*(one.to(device) for one in inputs))
-                loss = setup.task.loss(logits.float(), targets.to(device))
+                loss = setup.task.loss(for_loss(trial, logits.float()), targets.to(device))
                 smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * loss.item()
                 value = smoothed / (1 - SMOOTHING ** (step + 1))  # without the bias of the start at 0
                 curve.append((factor, value))
@@ -112,7 +112,7 @@ def training_batches(setup: Setup) -> Iterator[tuple[list[torch.Tensor], torch.T
     full = [examples[start : start + size] for start in range(0, len(examples), size)]
     full = [part for part in full if len(part) == size] or full
     for part in islice(cycle(full), STEPS):
-        targets = torch.from_numpy(setup.task.targets([one.label for one in part], len(setup.spec.labels)))
+        targets = torch.from_numpy(setup.task.targets([one.label for one in part], setup.spec.io.width))
         for arrays, _ in batches(setup.processing, part, size):
             yield [torch.from_numpy(arrays[spec.name]) for spec in setup.processing.inputs], targets
 

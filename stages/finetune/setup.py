@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from models.errors import ModelError
-from models.tasks import task_of
+from models.tasks import MODALITY_OF_TASK, task_of
 from stages.artifact import verify_files
 from stages.data.splits import SplitName
 from stages.environment import usable_cores
@@ -38,7 +38,8 @@ CONVOLUTIONAL = 0.5
 
 @dataclass(frozen=True)
 class FrozenResult:
-    """What the frozen backbone gives: the linear probe, and what it and k nearest neighbours reach on validation.
+    """What the frozen backbone gives: the linear probe, and what it and k nearest neighbours (where they have a vote)
+    reach on validation.
 
     `features`: float32 (examples, features) and `targets` (as the task makes them), by split. `scores`: float64
     (validation examples,), how good the probe's answers are.
@@ -49,7 +50,7 @@ class FrozenResult:
     probe: Probe
     scores: np.ndarray
     loss: float
-    knn_metric: float
+    knn_metric: float | None
     seconds: float
 
 
@@ -74,7 +75,7 @@ class Setup:
 
     def targets(self, name: SplitName) -> np.ndarray:
         """What every example of a split should give, as the task's array."""
-        return self.task.targets([one.label for one in self.context.data[name]], len(self.spec.labels))
+        return self.task.targets([one.label for one in self.context.data[name]], self.spec.io.width)
 
     def start(self, strategy: Strategy) -> Classifier:
         """A network to train: the pretrained weights, with the head that the strategy starts from. Always the same."""
@@ -160,12 +161,12 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     from models.registry import load_backbone
 
     backbone = context.backbone
-    pairs = isinstance(context.data["train"][0].content, tuple)
+    pairs = MODALITY_OF_TASK[context.task] == "text" and isinstance(context.data["train"][0].content, tuple)
     loaded = load_backbone(
         backbone, context.task, config.image_size, config.max_length, not config.from_scratch, config.max_seconds, pairs
     )
-    model = new_classifier(loaded, len(context.data.labels))
     spec = make_spec(context.task, backbone, loaded, context.data.labels)
+    model = new_classifier(loaded, spec.io.width)
     if config.from_run:
         start_from(model, spec, config.from_run)
     return Setup(model, spec, loaded.processing, context, config)
@@ -203,7 +204,7 @@ def with_frozen_result(setup: Setup) -> Setup:
     from stages.features.compute import compute_features, features_key
     from stages.features.probe import NEIGHBOURS, fit_probe, outputs_of_neighbours, score_head
 
-    context, task, outputs = setup.context, setup.task, len(setup.spec.labels)
+    context, task, outputs = setup.context, setup.task, setup.spec.io.width
     key = features_key(weights_of(context, setup.config), setup.spec, setup.processing, context.device)
     started = time.monotonic()
     features: dict[SplitName, np.ndarray] = {}
@@ -215,11 +216,13 @@ def with_frozen_result(setup: Setup) -> Setup:
     targets = {name: setup.targets(name) for name in NAMES}
     probe = fit_probe(features["train"], targets["train"], outputs, task)
     scores, loss = score_head(probe.weight, probe.bias, features["validation"], targets["validation"], task)
-    voted = outputs_of_neighbours(features["train"], targets["train"], features["validation"], outputs, task)
-    knn = float(task.scores(voted, targets["validation"]).mean())
+    knn = None
+    if not task.embeds:
+        voted = outputs_of_neighbours(features["train"], targets["train"], features["validation"], outputs, task)
+        knn = float(task.scores(voted, targets["validation"]).mean())
     context.log.info(
-        "%-10s linear probe: validation %s %.4f (%d nearest neighbours %.4f)", "", task.metric, scores.mean(),
-        NEIGHBOURS, knn,
+        "%-10s linear probe: validation %s %.4f%s", "", task.metric, scores.mean(),
+        "" if knn is None else f" ({NEIGHBOURS} nearest neighbours {knn:.4f})",
     )  # fmt: skip
     seconds = time.monotonic() - started
     return replace(setup, frozen=FrozenResult(features, targets, probe, scores, loss, knn, seconds))

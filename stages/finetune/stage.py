@@ -94,7 +94,7 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
 
     data, frozen, task = setup.context.data, setup.frozen, setup.task
     targets = setup.targets("validation")
-    constant = task.best_constant(setup.targets("train"), len(setup.spec.labels))
+    constant = task.best_constant(setup.targets("train"), setup.spec.io.width)
     gain = None
     if frozen is not None and attempt.scores is not None and attempt.strategy != "feature-extraction":
         gain = dataclasses.asdict(gain_of(attempt.scores, frozen.scores, 0.95))

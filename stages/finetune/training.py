@@ -350,7 +350,7 @@ def make_trainer(
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from models.classifier import hold_batchnorm
+    from models.classifier import for_loss, hold_batchnorm
     from stages.finetune.rates import parameter_groups
 
     names, task = [tensor.name for tensor in processing.inputs], task_of(context.task)
@@ -363,7 +363,7 @@ def make_trainer(
             if model.training and plan.flip:
                 inputs = {name: flip_half(value) if name == "image" else value for name, value in inputs.items()}
             logits = model(*(inputs[name] for name in names))  # float32 (batch, outputs)
-            loss = task.loss(logits.float(), inputs["labels"])
+            loss = task.loss(for_loss(self.model, logits.float()), inputs["labels"])
             if model.training:
                 # Of the whole batch, and where it is not finite all processes must know: they wait for each other.
                 whole = self.accelerator.reduce(loss.detach(), "mean") if plan.processes > 1 else loss

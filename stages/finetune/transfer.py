@@ -57,7 +57,7 @@ def compare_with_raw(setup: Setup) -> RawComparison | None:
     frozen, raw_inputs = setup.frozen, RAW_INPUTS.get(setup.processing.kind)
     if frozen is None or raw_inputs is None:
         return None
-    data, task, outputs = setup.context.data, setup.task, len(setup.spec.labels)
+    data, task, outputs = setup.context.data, setup.task, setup.spec.io.width
     raw = raw_inputs(data["train"], data["validation"])
     inputs = {"frozen": (frozen.features["train"], frozen.features["validation"]), "raw": raw}
     probes = {"frozen": frozen.probe, "raw": fit_probe(raw[0], frozen.targets["train"], outputs, task)}

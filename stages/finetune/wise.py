@@ -94,6 +94,8 @@ def evaluate(network: Any, setup: Setup) -> tuple[np.ndarray, float]:
     import numpy as np
     import torch
 
+    from models.classifier import for_loss
+
     device, examples = setup.context.device, setup.context.data["validation"]
     network.to(device).eval()
     parts = []
@@ -104,5 +106,6 @@ def evaluate(network: Any, setup: Setup) -> tuple[np.ndarray, float]:
             advance(count)
     network.to("cpu")
     outputs, targets = torch.cat(parts), setup.targets("validation")
-    loss = float(setup.task.loss(outputs, torch.from_numpy(targets)))
+    with torch.no_grad():
+        loss = float(setup.task.loss(for_loss(network, outputs), torch.from_numpy(targets)))
     return setup.task.scores(np.asarray(outputs.numpy()), targets), loss

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import QuantizeError
+from models.spec import side_by_side
 from models.tasks import task_of
 from stages.base import (
     NETWORK_PACKAGES,
@@ -195,7 +196,7 @@ def open_workbench(context: StageContext, config: QuantizeConfig, scratch: Path)
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
         outputs = predict(runtime, checkpoint.processing, examples, BATCH_SIZE, context.progress, "reference")
     spec = checkpoint.spec
-    targets = task_of(spec.task).targets([one.label for one in examples], len(spec.labels))
+    targets = task_of(spec.task).targets([one.label for one in examples], spec.io.width)
     return Workbench(context, config, checkpoint, model, macs, scratch, outputs, targets)
 
 
@@ -360,7 +361,7 @@ def rank_nodes(bench: Workbench, nodes: Sequence[str], ranges: TensorsData, form
     inputs = [arrays for arrays, _ in batches(bench.checkpoint.processing, examples, BATCH_SIZE)]
 
     def outputs_of(model: onnx.ModelProto) -> np.ndarray:
-        return np.concatenate([next(iter(outputs.values())) for outputs in bench.run(model, inputs)])
+        return np.concatenate([side_by_side(outputs) for outputs in bench.run(model, inputs)])
 
     wanted = outputs_of(bench.model)
     harm: dict[str, float] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from models.spec import side_by_side
 from stages.inputs import batches
 from stages.statistics import paired_interval, smallest_visible_drop
 
@@ -54,7 +55,7 @@ def collect_outputs(
             found = runtime.infer(inputs)
             if problem := output_problem(found, io, count):
                 return Outputs(None, problem)
-            parts.append(found[io.outputs[0].name])
+            parts.append(side_by_side({output.name: found[output.name] for output in io.outputs}))
             advance(count)
     if not parts:
         return Outputs(None, "there is not one sample to compare on")

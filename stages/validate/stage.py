@@ -305,7 +305,7 @@ TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s", "turns_ms")
 def targets_of(context: StageContext, checkpoint: Checkpoint) -> np.ndarray:
     """What every test example should give, as the task's array."""
     spec = checkpoint.spec
-    return task_of(spec.task).targets([one.label for one in context.data["test"]], len(spec.labels))
+    return task_of(spec.task).targets([one.label for one in context.data["test"]], spec.io.width)
 
 
 def check(entry: dict[str, Any], gates: GatesConfig, samples: int, metric: str) -> list[GateResult]:

@@ -20,7 +20,7 @@ SPLIT_ALIASES: dict[str, SplitName] = {
 }  # fmt: skip
 """Names of splits in the wild → ours."""
 
-PLURALS = {"image": "images", "text": "texts", "audio": "recordings"}
+PLURALS = {"image": "images", "text": "texts", "audio": "recordings", "image-text": "images with their texts"}
 """Modality → its examples, in words."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ DEMOS = {
     "wordnet-relations": "text",
     "wordnet-similarity": "text",
     "asterisk-prompts": "audio",
+    "emoji": "image-text",
 }
 """Name → modality."""
 FASHION_LABELS = (
@@ -62,7 +64,7 @@ def check_demo(name: str, modality: str) -> None:
 
 def read_demo(name: str, task: Task) -> Source:
     """A demo data set, with its own splits where it has any. The name is one that `check_demo` passed."""
-    readers = {"text": demo_texts, "audio": demo_prompts, "image": demo_images}
+    readers = {"text": demo_texts, "audio": demo_prompts, "image": demo_images, "image-text": demo_pairs}
     read = demo_grids if name == "fashion-mnist-grids" else readers[DEMOS[name]]
     return Source(tuple(labelled(row, task) for row in read(name)))
 
@@ -102,6 +104,15 @@ def demo_texts(name: str) -> Iterator[Row]:
         for number, line in enumerate(lines[:-1], 1):
             label, text, *second = line.split("\t")
             yield Row((text, second[0]) if second else text, label, f"{name}/{split}:{number}", split)
+
+
+def demo_pairs(name: str) -> Iterator[Row]:
+    """Rows of the zip files: PNGs by number, and their texts, one a line; the label is the text."""
+    for split in SPLITS:
+        with zipfile.ZipFile(DEMO_FOLDER / f"{name}.{split}.zip") as archive:
+            texts = archive.read("names.txt").decode().split("\n")[:-1]
+            for number, text in enumerate(texts, 1):
+                yield Row((archive.read(f"{number:04}.png"), text), text, f"{name}/{split}:{number}", split)
 
 
 def demo_images(name: str) -> Iterator[Row]:

@@ -34,6 +34,10 @@ def read_folder(folder: Path, modality: str, task: Task) -> Source:
     Raises:
         DataError: no examples, splits without train, or split folders beside others.
     """
+    if modality not in SUFFIXES:
+        raise DataError(
+            f"{folder} is a folder; {PLURALS[modality]} stand in a table (CSV, JSONL or Parquet), a pair a row"
+        )
     inside = folders_in(folder)
     splits = [path for path in inside if path.name.lower() in SPLIT_ALIASES and folders_in(path)]
     parts: list[tuple[Path, SplitName | None]] = [(folder, None)]

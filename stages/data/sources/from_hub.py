@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from stages.data.sources.base import SPLIT_ALIASES, Row, Source, check_columns, 
 from stages.data.sources.from_table import NAMES, content_of, label_of, wanted_columns
 
 if TYPE_CHECKING:
-    from models.modalities import Content
+    from models.modalities import Single
 
 
 def read_hub(name: str, config: DataConfig, modality: str, task: Task) -> Source:
@@ -70,20 +71,23 @@ def rows_from_part(part: Any, place: str, config: DataConfig, modality: str, tas
     options = wanted_columns(config, modality)
     options.pop("split_column", None)  # the data set's own splits are used
     check_columns(place, part.column_names, options)
-    column = options[f"{modality}_column"]
-    names = part.features[config.label_column]
-    for kind in (datasets.Image, datasets.Audio):
+    columns = [options[f"{one}_column"] for one in modality.split("-")]
+    names = part.features[options["label_column"]]
+    for column, kind in product(columns, (datasets.Image, datasets.Audio)):
         if isinstance(part.features[column], kind):
             part = part.cast_column(column, kind(decode=False))
     part = part.select_columns(list(dict.fromkeys(options.values())))
     for number, record in enumerate(part):
         origin = f"{place}[{number}]"
         try:
-            label = label_of(named(record[config.label_column], names), config.label_column, task)
-            content = hub_content(record[column], column, modality)
+            label = label_of(named(record[options["label_column"]], names), options["label_column"], task)
+            content, *second = (
+                hub_content(record[column], column, one)
+                for column, one in zip(columns, modality.split("-"), strict=True)
+            )
             if pair := options.get("text_pair_column"):
-                content = str(content), str(hub_content(record[pair], pair, modality))
-            yield Row(content, label, origin)
+                second = [hub_content(record[pair], pair, modality)]
+            yield Row((content, str(second[0])) if second else content, label, origin)
         except DataError as error:
             yield unusable(origin, str(error))
 
@@ -105,7 +109,7 @@ def class_name(names: Any, index: int) -> str:
     return str(names.int2str(index))
 
 
-def hub_content(value: Any, column: str, modality: str) -> Content:
+def hub_content(value: Any, column: str, modality: str) -> Single:
     """A text, encoded bytes, or the file that `datasets` itself put an example into."""
     if modality != "text" and isinstance(value, dict) and not value.get("bytes") and value.get("path"):
         return Path(value["path"])

@@ -25,11 +25,11 @@ from stages.data.sources.base import (
 )
 
 if TYPE_CHECKING:
-    from models.modalities import Content
+    from models.modalities import Content, Single
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 NAMES = {"text": "a text", "image": "an image", "audio": "a recording"}
-"""Modality → what one example is."""
+"""Modality → what one content is."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,16 @@ def read_table(path: Path, config: DataConfig, modality: str, task: Task) -> Sou
 
 def wanted_columns(config: DataConfig, modality: str) -> dict[str, str]:
     """Configuration key → column that must be there."""
-    key = f"{modality}_column"
-    wanted = {key: str(getattr(config, key)), "label_column": config.label_column}
+    keys = [f"{part}_column" for part in modality.split("-")]
+    wanted = {key: str(getattr(config, key)) for key in keys} | {"label_column": label_column_of(config, modality)}
     if modality == "text" and config.text_pair_column:
         wanted["text_pair_column"] = config.text_pair_column
     return wanted | ({"split_column": config.split_column} if config.split_column else {})
+
+
+def label_column_of(config: DataConfig, modality: str) -> str:
+    """Where the label stands: what belongs to an image of a pair is its text."""
+    return config.text_column if modality == "image-text" else config.label_column
 
 
 def csv_table(text: str, path: Path) -> Table:
@@ -145,13 +150,15 @@ def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str,
             yield unusable(place, printable(record))
             continue
         try:
-            label = label_of(record.get(config.label_column), config.label_column, task)
+            column = label_column_of(config, modality)
+            label = label_of(record.get(column), column, task)
             content = contents_of(record, config, modality, root)
         except DataError as error:
             yield unusable(place, str(error))
             continue
         split = split_of(record.get(config.split_column), place) if config.split_column else None
-        origin = printable(str(content)) if isinstance(content, Path) else place
+        image = content[0] if isinstance(content, tuple) else content
+        origin = printable(str(image)) if isinstance(image, Path) else place
         yield Row(content, label, origin, split)
 
 
@@ -167,7 +174,11 @@ def label_of(value: Any, column: str, task: Task) -> Label:
 
 
 def contents_of(record: Mapping[str, Any], config: DataConfig, modality: str, root: Path) -> Content:
-    """What the network is to be shown of a record: one column, or two texts. Raises `DataError`."""
+    """What the network is to be shown of a record: one column, two texts, or an image and its text. Raises
+    `DataError`."""
+    if modality == "image-text":
+        image = content_of(record.get(config.image_column), config.image_column, "image", root)
+        return image, str(content_of(record.get(config.text_column), config.text_column, "text", root))
     column: str = getattr(config, f"{modality}_column")
     content = content_of(record.get(column), column, modality, root)
     if modality != "text" or config.text_pair_column is None:
@@ -176,7 +187,7 @@ def contents_of(record: Mapping[str, Any], config: DataConfig, modality: str, ro
     return str(content), str(second)
 
 
-def content_of(value: Any, column: str, modality: str, root: Path) -> Content:
+def content_of(value: Any, column: str, modality: str, root: Path) -> Single:
     """A text, the bytes of an image or recording, or its path inside `root`. Raises `DataError` for anything else."""
     if value is None or value == "":
         raise DataError(f"{column!r} is empty")
