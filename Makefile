@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PROMPTS := $(VENV)/share/asterisk/sounds/en_US_f_Allison
 DEMO_CONFIG ?= pipeline/recipes/vision.yaml
 
-.PHONY: help env prompts demo demo-text demo-audio fmt lint types imports check test test-fast test-slow test-gpu bench bench-training sweep docs docker clean
+.PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training sweep docs docker clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ demo-text: env ## The whole chain on text
 
 demo-audio: env prompts ## The whole chain on audio
 	$(BIN)/pipeline all -c pipeline/recipes/audio.yaml
+
+demo-image-text: env ## The whole chain on images with their texts
+	$(BIN)/pipeline all -c pipeline/recipes/image-text.yaml
 
 fmt: env ## Format the code
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

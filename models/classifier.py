@@ -49,7 +49,7 @@ class Classifier(nn.Module):
     """`backbone(*inputs)` → features; `task_head(features)` → logits, or embeddings side by side. Inputs come in the
     order of the I/O spec."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Linear | PairHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.task_head = head
@@ -78,22 +78,21 @@ def new_classifier(loaded: LoadedBackbone, outputs: int) -> Classifier:
     return Classifier(loaded.module, head)
 
 
-def make_head(architecture: dict[str, Any], features: int, outputs: int) -> nn.Module:
+def make_head(architecture: dict[str, Any], features: int, outputs: int) -> nn.Linear | PairHead:
     """The head of a backbone of this architecture, with random weights."""
     if architecture["library"] != "dual":
         return nn.Linear(features, outputs)
     from models.tasks.retrieval import TEMPERATURE
 
-    return PairHead(tuple(architecture["widths"]), outputs // 2, 1 / TEMPERATURE)
+    image, text = architecture["widths"]
+    return PairHead((image, text), outputs // 2, 1 / TEMPERATURE)
 
 
 def set_head(model: Classifier, weight: torch.Tensor, bias: torch.Tensor) -> None:
     """Make the head the linear map `weight` (outputs, features), `bias` (outputs,) of the features: of a pair the
     blocks of it that take a half to its embedding."""
     head = model.task_head
-    parts = [head]
-    if isinstance(head, PairHead):
-        parts = [head.image, head.text]
+    parts = [head.image, head.text] if isinstance(head, PairHead) else [head]
     rows, columns = weight.shape[0] // len(parts), weight.shape[1] // len(parts)
     with torch.no_grad():
         for index, part in enumerate(parts):

@@ -15,13 +15,16 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from models.backbones.build import LoadedBackbone, build_backbone, check_finite, measure_feature_dim
 from models.backbones.packaged import find_packaged
 from models.errors import ConfigError, ModelError, Problem
 from models.spec import BackboneSpec, TaskName
 from models.tasks import MODALITY_OF_TASK
+
+if TYPE_CHECKING:
+    from models.modalities import Processing
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
@@ -178,7 +181,7 @@ def resolve_folder(backbone_id: str, folder: Path) -> BackboneSpec:
     weights = sorted(folder.glob("*.safetensors"))
     own = (folder / "model.json").is_file()
     name = folder.name
-    library: Literal["timm", "hf"] = "hf"
+    library: Literal["timm", "hf", "dual"] = "hf"
     problem = hint = ""
     if not own and not (folder / "config.json").is_file():
         problem, hint = "holds no config.json", "expected a Hugging Face folder or a checkpoint of this project"
@@ -241,10 +244,13 @@ def load_backbone(
     if spec.folder and (Path(spec.folder) / "model.json").is_file():
         return from_own_checkpoint(spec, modality, image_size, max_length, max_seconds, pretrained, pairs)
     check_task(spec, task)
+    processing: Processing
     if spec.library == "dual":
         from models.backbones.dual import load_dual
 
         module, architecture, processing = load_dual(spec, image_size, max_length, pretrained)
+    elif modality == "image-text":
+        raise ModelError(f"{spec.id} is one encoder, {task} takes two; write <image backbone>+<text backbone>")
     elif spec.library == "timm":
         module, architecture, processing = load_timm(spec, image_size, pretrained)
     else:

@@ -250,6 +250,10 @@ def predict(
             help="Image or audio files, or texts (two with a tab between them where they are compared); - reads lines."
         ),
     ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="image-text: a text to compare each image with (repeatable); the nearest is the answer."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     json_: JsonOption = False,
 ) -> None:
@@ -258,6 +262,9 @@ def predict(
 
     with open_bundle(bundle) as opened:
         words = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else inputs
+        if text:
+            print_nearest(words, text, opened.similarities([Path(word) for word in words], text, threads), json_)
+            return
         contents = [opened.processing.from_argument(word) for word in words]
         answers = opened.predict(contents, threads=threads)
         if json_:
@@ -269,6 +276,20 @@ def predict(
             return
         for item, one in zip(words, answers, strict=True):
             echo(f"{one.label}\t{one.score:.4f}\t{item}")
+
+
+def print_nearest(images: list[str], texts: list[str], near: Any, as_json: bool) -> None:
+    """For each image the text of the largest similarity. `near`: float64 (images, texts)."""
+    found = [dict(zip(texts, map(float, row), strict=True)) for row in near]
+    best = [max(row, key=lambda text: row[text]) for row in found]
+    if as_json:
+        rows = zip(images, best, found, strict=True)
+        print_json(
+            [{"input": item, "label": text, "score": row[text], "similarities": row} for item, text, row in rows]
+        )
+        return
+    for item, text, row in zip(images, best, found, strict=True):
+        echo(f"{text}\t{row[text]:.4f}\t{item}")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
     apt-get download dataset-fashion-mnist wordnet-base
     npm pack emoji-datasource-google@16.0.0
-    python scripts/make_demo_data.py *.deb *.tgz
+    python scripts/make_demo_data.py *.deb *.tgz    # without the .tgz the emoji stay as they are
 
 Fashion-MNIST: class-balanced, seeded samples of the original train and test parts, as gzipped IDX.
 WordNet: glosses of ten noun topics (the lexicographer file of the synset is the label); of words with several senses,
@@ -63,7 +63,8 @@ def main() -> None:
         synsets = read_synsets(find(roots, "data.noun"))
         for make in (make_topics, make_senses, make_relations, make_similarity):
             make(synsets, arguments.output)
-        make_emoji(find(roots, "emoji.json").parent, arguments.output)
+        if any(package.suffix == ".tgz" for package in arguments.packages):
+            make_emoji(find(roots, "emoji.json").parent, arguments.output)
         for package, name in {"dataset-fashion-mnist": "fashion-mnist", "wordnet-base": "wordnet"}.items():
             text = find(roots, f"doc/{package}/copyright").read_text(encoding="utf-8")
             (arguments.output / f"licenses/{name}.txt").write_text(text, encoding="utf-8")
@@ -74,9 +75,7 @@ def find(roots: list[Path], pattern: str) -> Path:
     for root in roots:
         for path in root.rglob(pattern):
             return path
-    raise SystemExit(
-        f"no {pattern} in the packages; all are needed: dataset-fashion-mnist, wordnet-base, emoji-datasource-google"
-    )
+    raise SystemExit(f"no {pattern} in the packages; both are needed: dataset-fashion-mnist and wordnet-base")
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -30,7 +30,10 @@ def make_dual_module(image: torch.nn.Module, text: torch.nn.Module, widths: tupl
         def forward(self, pixels: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
             features = self.network["image"](pixels), self.network["text"](*tokens)
             missing = [max(widths) - width for width in widths]
-            halves = [torch.nn.functional.pad(one, (0, add)) if add else one for one, add in zip(features, missing, strict=True)]
+            halves = [
+                torch.nn.functional.pad(one, (0, add)) if add else one
+                for one, add in zip(features, missing, strict=True)
+            ]
             return torch.cat(halves, dim=1)
 
     return DualBackbone()

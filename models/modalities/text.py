@@ -87,8 +87,8 @@ class TextProcessing:
 
     def extremes(self, contents: Sequence[Content]) -> list[list[Content]]:
         """Batches at the limits: a single letter, and a text of full length beside a word."""
-        texts = [text for one in contents for text in (one if isinstance(one, tuple) else (str(one),))]
-        long, short = " ".join(texts * 64), "short"
+        texts = [text for one in contents for text in (one if isinstance(one, tuple) else (one,))]
+        long, short = " ".join(map(str, texts * 64)), "short"
         if self.pairs:
             return [[("a", "b")], [(long, long), (short, "shorter")], [(short, long)]]
         return [["a"], [long, short]]

@@ -108,7 +108,7 @@ def raw_terms(train: Sequence[Example], validation: Sequence[Example]) -> tuple[
 
 def text_of(one: Example) -> str:
     """The text, or both of them."""
-    return " ".join(one.content) if isinstance(one.content, tuple) else str(one.content)
+    return " ".join(map(str, one.content)) if isinstance(one.content, tuple) else str(one.content)
 
 
 def raw_levels(train: Sequence[Example], validation: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:

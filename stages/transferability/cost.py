@@ -89,7 +89,8 @@ def measure_latency(model: Classifier, processing: Processing, example: Example,
     """Milliseconds of one example through backbone and head in PyTorch: the median of `LATENCY_CALLS`."""
     from models.runtimes.torch_eager import TorchEager
 
-    io = IOSpec(processing.inputs, (TensorSpec("logits", "float32", ("batch", model.task_head.out_features)),))
+    outputs = int(model.task_head.get_parameter("bias").shape[0])
+    io = IOSpec(processing.inputs, (TensorSpec("logits", "float32", ("batch", outputs)),))
     arrays = processing.arrays([example.content])
     with TorchEager(model, io, device, threads) as runtime:
         return statistics.median(timed_turn(runtime, [arrays], LATENCY_CALLS, 0))

@@ -98,6 +98,13 @@ class GatesConfig(StageConfig):
         description="Smallest signal-to-quantization-noise ratio of any candidate (dB). Halved logits, which keep "
         "every class, have 6 dB.",
     )
+    min_cosine: float = Field(
+        default=0.95,
+        ge=-1,
+        le=1,
+        description="Of tasks that give embeddings: smallest cosine similarity of any sample to the reference's. "
+        "Agreement on the nearest does not see that all turn together, which breaks an index made before.",
+    )
     max_latency_ms: float | None = Field(
         default=None, gt=0, description="Limit: largest p95 latency at batch 1 on this machine (milliseconds)."
     )
@@ -167,7 +174,8 @@ class Validate:
         enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
         gates = [enough.check("test split", float(evidence["samples"]))]
         for entry in evidence["candidates"]:
-            results = check(entry, config.gates, evidence["samples"], evidence["metric_name"])
+            embeds = task_of(checkpoint.spec.task).embeds
+            results = check(entry, config.gates, evidence["samples"], evidence["metric_name"], embeds)
             entry["passed"] = all(result.passed for result in results)
             entry["over_limits"] = over_limits(entry, config.gates)
             gates += results
@@ -308,8 +316,10 @@ def targets_of(context: StageContext, checkpoint: Checkpoint) -> np.ndarray:
     return task_of(spec.task).targets([one.label for one in context.data["test"]], spec.io.width)
 
 
-def check(entry: dict[str, Any], gates: GatesConfig, samples: int, metric: str) -> list[GateResult]:
-    """The gates of one candidate."""
+def check(
+    entry: dict[str, Any], gates: GatesConfig, samples: int, metric: str, embeds: bool = False
+) -> list[GateResult]:
+    """The gates of one candidate. `embeds`: its outputs are embeddings."""
     name, precision, problem = entry["name"], entry["precision"], entry["problem"]
     agreement = gates.agreement_of(precision)
     key = "metric_difference" if gates.metric_drop == "observed" else "metric_difference_bound"
@@ -321,6 +331,8 @@ def check(entry: dict[str, Any], gates: GatesConfig, samples: int, metric: str) 
         Gate("agreement", "at least", agreement).check(name, entry["agreement"], samples),
         Gate("SQNR", "at least", gates.min_sqnr_db, "dB").check(name, entry["sqnr_db"], samples),
     ]
+    if embeds:
+        results.append(Gate("cosine", "at least", gates.min_cosine).check(name, entry["cosine"], samples))
     limits = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
     if precision in limits:
         gate = Gate("output error", "at most", limits[precision], "of the output range")

@@ -38,6 +38,7 @@ EDGE_MODULES = (
     "models/spec.py",
     "models/modalities/__init__.py",
     "models/modalities/audio.py",
+    "models/modalities/image_text.py",
     "models/modalities/text.py",
     "models/modalities/vision.py",
     "models/runtimes/__init__.py",

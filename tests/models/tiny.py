@@ -15,6 +15,8 @@ from torch import nn
 from models.backbones.build import LoadedBackbone, build_backbone, measure_feature_dim
 from models.checkpoint import save_checkpoint
 from models.classifier import Classifier, make_spec, new_classifier
+from models.modalities.text import TextProcessing
+from models.modalities.vision import ImageProcessing
 from models.spec import BackboneSpec, ModelSpec
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "red", "bird", "stone", "tree", "runs")
@@ -117,6 +119,20 @@ def text_backbone(config: dict[str, Any] = BERT) -> LoadedBackbone:
     architecture = {"library": "hf", "modality": "text", "config": config}
     module = build_backbone(architecture)
     processing = TextProcessing(tokenizer_json(), 16)
+    return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
+
+
+def pair_backbone() -> LoadedBackbone:
+    """A tiny dual encoder with random weights: the image backbone and the text backbone side by side."""
+    from models.backbones.dual import make_dual_module
+    from models.modalities.image_text import PairProcessing
+
+    image, text = image_backbone(), text_backbone()
+    assert isinstance(image.processing, ImageProcessing) and isinstance(text.processing, TextProcessing)
+    widths = image.feature_dim, text.feature_dim
+    module = make_dual_module(image.module, text.module, widths)
+    architecture = {"library": "dual", "image": image.architecture, "text": text.architecture, "widths": list(widths)}
+    processing = PairProcessing(image.processing, text.processing)
     return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
 
 

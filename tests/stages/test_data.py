@@ -106,11 +106,62 @@ def test_demo_contents_are_what_a_modality_takes() -> None:
     assert hits["food"] > 0.5 * hits.total()  # a tenth of them, were the labels not those of the texts
 
 
+def test_the_emoji_are_pairs_without_near_duplicates_in_two_splits() -> None:
+    data = load("demo:emoji", "image-text")
+    assert sizes(data) == {"train": 640, "validation": 120, "calibration": 60, "test": 240}
+    texts: dict[str, SplitName] = {}
+    for split in SPLITS:
+        for one in data[split]:
+            image, text = one.content  # type: ignore[misc]
+            assert isinstance(image, bytes) and one.label == text and text not in texts
+            texts[str(text)] = split
+    hours = {split for text, split in texts.items() if text.startswith("clock face")}
+    mages = {split for text, split in texts.items() if text in ("mage", "man mage", "woman mage")}
+    assert len(hours) == 1 and len(mages) <= 1
+    assert data.labels == () and data.notes == ()
+
+
+def test_pairs_come_from_tables_and_are_identified_by_both(tmp_path: Path) -> None:
+    for number in range(24):
+        write_png(tmp_path / f"{number}.png", number)
+    rows = [(f"{number}.png", f"title {min(number, 22)}") for number in range(24)]  # the last two share their title
+    table = write_csv(tmp_path / "pairs.csv", rows, ("photo", "title"))
+    config = DataConfig(source=str(table), image_column="photo", text_column="title")
+    examples = [one for part in load_data(config, "image-text").splits.values() for one in part]
+    assert len({one.digest for one in examples}) == 24
+    assert all(one.content[1] == one.label for one in examples)  # type: ignore[index]
+    write_png(tmp_path / "5.png", 6)  # the photo of another row, under its own title still
+    assert len({one.digest for part in load_data(config, "image-text").splits.values() for one in part}) == 24
+    with pytest.raises(DataError, match="has no column 'caption'.*set data.text_column"):
+        load_data(config.model_copy(update={"text_column": "caption"}), "image-text")
+    write_csv(table, [("0.png", "one"), ("gone.png", "two")], ("photo", "title"))
+    with pytest.raises(DataError, match="there is no file 'gone.png'"):
+        load_data(config, "image-text")
+    with pytest.raises(DataError, match="stand in a table"):
+        load_data(DataConfig(source=str(tmp_path)), "image-text")
+
+
+def test_pairs_come_from_the_form_of_the_hub(tmp_path: Path) -> None:
+    import datasets
+
+    files = [write_png(tmp_path / f"{number}.png", number).read_bytes() for number in range(20)]
+    rows = {"image": [{"bytes": data} for data in files], "text": [f"caption {number}" for number in range(20)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    folder = tmp_path / "set"
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    data = load_data(DataConfig(source=f"hf:{folder}"), "image-text")
+    found = {one.label: one.content[0] for part in data.splits.values() for one in part}  # type: ignore[index]
+    assert len(found) == 20 and found["caption 3"] == files[3]
+
+
 def test_demo_is_small_and_carries_its_licences() -> None:
     import stages.data
 
     folder = Path(str(stages.data.__file__)).parent / "demo"
     assert sum(path.stat().st_size for path in folder.glob("*.gz")) < 3_000_000
+    assert sum(path.stat().st_size for path in folder.glob("*.zip")) < 4_000_000
+    assert "Noto Emoji" in (folder / "licenses/emoji.txt").read_text()
     assert "Zalando" in (folder / "licenses/fashion-mnist.txt").read_text()
     assert "Princeton University" in (folder / "licenses/wordnet.txt").read_text()
 
