@@ -166,7 +166,7 @@ class Bundle:
                 f"{sorted(output.name for output in self.io.outputs)}"
             )
         batch = len(next(iter(arrays.values())))
-        for output in self.io.outputs:
+        for output in self.kind.outputs(self.labels, int(self.io.outputs[0].dims[1])):
             shape = outputs_by_name[output.name].shape
             if shape != (batch, output.dims[1]):
                 raise RuntimeInferenceError(f"{output.name} has shape {shape}; expected {(batch, output.dims[1])}")
@@ -336,7 +336,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             check_spelling(name, spellings)
         labels = manifest["labels"]
         if len(labels) < task_of(manifest["task"]).fewest_labels or len(set(labels)) != len(labels):
-            raise IntegrityError(f"{path}: the labels are too few, or not unique")
+            raise IntegrityError(f"{path}: the labels are none, too few, or not unique")
         for value in manifest["models"].values():
             if value["file"] not in manifest["files"]:
                 raise IntegrityError(f"{path} names the model {value['file']!r}, which is not among its files")

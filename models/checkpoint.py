@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from models.errors import ModelError
 from models.modalities import Processing, processing_from_dict
 from models.spec import ModelSpec
+from models.tasks import task_of
 
 if TYPE_CHECKING:
     from models.classifier import Classifier
@@ -64,6 +65,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     from models.classifier import Classifier, make_head
 
     spec = load_spec(folder)
+    if spec.io.outputs != task_of(spec.task).outputs(spec.labels, int(spec.io.outputs[0].dims[1])):
+        raise ModelError(f"{folder / SPEC} does not fit itself: {len(spec.labels)} labels, outputs {spec.io.outputs}")
     head = make_head(spec.architecture, spec.feature_dim, spec.io.width)
     model = Classifier(build_backbone(spec.architecture), head)
     try:

@@ -42,7 +42,7 @@ class PairHead(nn.Module):
     def lengthened(self, outputs: torch.Tensor) -> torch.Tensor:
         """The outputs with the scale as the length of the image's embedding."""
         images, texts = outputs.chunk(2, dim=1)
-        return torch.cat([images * self.log_scale.exp().clamp(max=LARGEST_SCALE), texts], dim=1)
+        return torch.cat([images * self.log_scale.exp().clamp(max=LARGEST_SCALE).to(images.device), texts], dim=1)
 
 
 class Classifier(nn.Module):

@@ -159,15 +159,16 @@ def loss_of(trial: Any, setup: Setup, batch: Sequence[Example]) -> torch.Tensor:
     """The task's loss of a batch, in the arithmetic of training."""
     import torch
 
+    from models.classifier import for_loss
     from stages.finetune.training import choose_precision
 
     device = setup.context.device
     precision = choose_precision(setup.config.precision, device)
-    targets = setup.task.targets([one.label for one in batch], len(setup.spec.labels))
+    targets = setup.task.targets([one.label for one in batch], setup.spec.io.width)
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(device, half, enabled=precision != "fp32"):
         outputs = trial(*inputs_of(setup.processing, batch, device))
-    return setup.task.loss(outputs.float(), torch.from_numpy(targets).to(device))
+    return setup.task.loss(for_loss(trial, outputs.float()), torch.from_numpy(targets).to(device))
 
 
 def count_training_flops(trial: Any, setup: Setup, batch: Sequence[Example]) -> int:

@@ -383,7 +383,9 @@ def make_trainer(
         recorder.scores = scores = task.scores(found.predictions, found.label_ids)
         # The mean that the Trainer takes itself counts examples twice that fill up the share of a process.
         outputs, targets = torch.from_numpy(found.predictions).float(), torch.from_numpy(found.label_ids)
-        return {"metric": float(scores.mean()), "whole_loss": float(task.loss(outputs, targets))}
+        with torch.no_grad():
+            loss = task.loss(for_loss(model, outputs), targets)
+        return {"metric": float(scores.mean()), "whole_loss": float(loss)}
 
     class Report(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
