@@ -76,10 +76,11 @@ def target_modules(
 
     Not the stem (the first convolution), whose filters are general and quantize badly once moved; not
     grouped or depthwise convolutions, which LoRA cannot adapt; not the head, which is trained whole; not
-    convolutions that pad or standardise on their own (timm's Conv2dSame, StdConv2d), where a branch
-    beside the layer is not the same as a change of its weight. Explicit paths, because peft matches
-    names by suffix (`classifier` would catch `pre_classifier`). For OFT only 1×1 convolutions: on others it
-    folds to something else without an error (measured: off by the adapter's whole effect).
+    convolutions that pad or standardise on their own (timm's Conv2dSame, StdConv2d) or are dilated (sknet), where a
+    branch beside the layer is not the same as a change of its weight: peft's has no dilation. Explicit
+    paths, because peft matches names by suffix (`classifier` would catch `pre_classifier`). For OFT only
+    1×1 convolutions: on others it folds to something else without an error (measured: off by the adapter's
+    whole effect).
 
     With example `inputs`, layers whose forward is never called are left out too: some networks read
     `layer.weight` themselves (beit, swin v2), so that an adapter there would be passed by.
@@ -96,6 +97,7 @@ def target_modules(
     for name, module in model.backbone.named_modules():
         if isinstance(module, nn.Conv2d):
             plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.groups == 1
+            plain = plain and module.dilation == (1, 1)
             plain = plain and (method != "oft" or module.kernel_size == (1, 1))
             fits, stem_seen = stem_seen and plain, True
         elif isinstance(module, nn.Conv1d):

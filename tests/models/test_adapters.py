@@ -235,6 +235,12 @@ def test_networks_that_read_their_layers_or_share_names_with_peft() -> None:
     assert isinstance(merged.get_submodule("backbone.base_layer"), nn.Conv2d)
 
 
+def test_dilated_convolutions_take_no_adapter() -> None:
+    """peft's branch beside them is not dilated: of another size, or a merge that is another network."""
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.Conv2d(4, 4, 3)
+    assert target_modules(Classifier(nn.Sequential(*layers), nn.Linear(4, 2))) == ["backbone.2"]
+
+
 def test_backbone_without_a_layer_for_lora_says_what_to_do() -> None:
     model = Classifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)), nn.Linear(4, 2))
     with pytest.raises(ModelError, match="strategy: lp-ft"):
