@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata, util
@@ -175,7 +176,7 @@ def measure(architecture: Architecture, say: Say) -> None:
         try:
             verdict, detail = work()
         except PipelineError as error:
-            verdict, detail = "no", str(error)
+            verdict, detail = "no", str(error).replace(f"{folder}/", "")
         say(column, verdict, " ".join(detail.split())[:400])
         return verdict != "no"
 
@@ -480,7 +481,7 @@ def build_engine(model: Path) -> tuple[str, str]:
 
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that decide."""
-    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    installed = {one.metadata["Name"].replace("_", "-").lower(): one.version for one in metadata.distributions()}
     return {package: installed[package] for package in PACKAGES if package in installed}
 
 
@@ -505,14 +506,16 @@ UNITS = {"image": "px", "text": "tokens", "audio": "samples"}
 INTRODUCTION = """# Coverage
 
 Which architectures go through `finetune` → `merge-lora` → `export` → `quantize`: measured by `make sweep`
-(benchmarks/sweep.py), never assumed. {stamp}
+(benchmarks/sweep.py), never assumed.
+
+{stamp}
 
 {counts}
 
 Every row is the smallest member of a family (timm) or a small configuration (Hugging Face) with random weights, loaded
-from a local folder as its library saves it, at the smallest image size of {sizes} that it takes (or its
-own), with texts of up to
-{length} tokens, or half a second of sound. The columns, each with the project's own stages and their gates:
+from a local folder as its library saves it: at the smallest image size of {sizes} that it takes, or its
+own; with texts of up to {length} tokens; with half a second of sound. The columns, each with the project's own stages
+and their gates:
 
 - **finetune**: LoRA adapters and a new head of another size, one optimizer step; every adapter was trained, and the
   adapter reloaded from disk gives the same logits.
@@ -537,7 +540,8 @@ def page(wanted: Sequence[Architecture], rows: Mapping[str, Row]) -> str:
         for (library, modality), chosen in itertools.groupby(wanted, lambda one: (one.library, one.modality))
     ]
     counts = "\n".join(counts_of(sections, rows))
-    parts = [INTRODUCTION.format(counts=counts, sizes=", ".join(map(str, SIZES[:-1])), length=MAX_LENGTH, stamp=stamp)]
+    sizes = ", ".join(map(str, SIZES[:-1]))
+    parts = [INTRODUCTION.format(counts=counts, sizes=sizes, length=MAX_LENGTH, stamp=textwrap.fill(stamp, 120))]
     for title, chosen in sections:
         parts += [f"## {title}\n\n" + "\n".join(table(chosen, rows)) + "\n"]
         parts += ["\n".join(remarks) + "\n"] if (remarks := list(remarks_of(chosen, rows))) else []
