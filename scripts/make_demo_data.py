@@ -49,6 +49,9 @@ def main() -> None:
         "packages", type=Path, nargs="+", help=".deb and .tgz files, or folders they were unpacked into"
     )
     parser.add_argument("--output", type=Path, default=DEMO_FOLDER, help="default: stages/data/demo")
+    parser.add_argument(
+        "--wordnet", nargs="+", choices=WORDNET_SETS, default=list(WORDNET_SETS), help="which of its sets"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for package in arguments.packages:
@@ -61,8 +64,8 @@ def main() -> None:
         (arguments.output / "licenses").mkdir(parents=True, exist_ok=True)
         make_fashion(find(roots, "train-images-idx3-ubyte*").parent, arguments.output)
         synsets = read_synsets(find(roots, "data.noun"))
-        for make in (make_topics, make_senses, make_relations, make_similarity):
-            make(synsets, arguments.output)
+        for name in arguments.wordnet:
+            WORDNET_SETS[name](synsets, arguments.output)
         if any(package.suffix == ".tgz" for package in arguments.packages):
             make_emoji(find(roots, "emoji.json").parent, arguments.output)
         for package, name in {"dataset-fashion-mnist": "fashion-mnist", "wordnet-base": "wordnet"}.items():
@@ -311,6 +314,11 @@ under the Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0). The 
 def write_entry(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     """A file without a time stamp or rights of this machine."""
     archive.writestr(zipfile.ZipInfo(name), data)
+
+
+WORDNET_SETS = {
+    "topics": make_topics, "senses": make_senses, "relations": make_relations, "similarity": make_similarity
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -722,7 +722,7 @@ def test_the_demo_script_makes_the_same_bytes_twice_and_says_what_it_lacks(tmp_p
     script = Path(__file__).parents[2] / "scripts/make_demo_data.py"
     folder = tmp_path / "unpacked"
     folder.mkdir()
-    run = [sys.executable, str(script), str(folder), "--output"]
+    run = [sys.executable, str(script), str(folder), "--wordnet", "topics", "--output"]
     lacking = subprocess.run([*run, str(tmp_path / "x")], capture_output=True, text=True, check=False)
     assert lacking.returncode == 1
     assert "both are needed: dataset-fashion-mnist and wordnet-base" in lacking.stderr
