@@ -46,7 +46,7 @@ def resolve(backbone_id: str) -> BackboneSpec:
         return resolve_hf(backbone_id, name)
     if os.path.isdir(folder):  # pathlib raises for a name that no file system takes
         return resolve_folder(backbone_id, folder)
-    hint = "expected timm:<name>, hf:<org>/<repo>@<revision>, a local folder, or <image backbone>+<text backbone>"
+    hint = "expected timm:<name>, hf:<org>/<repo>@<revision> or a local folder; for image-text two of them, image+text"
     bare = name or prefix
     if "/" in bare and not bare.startswith((".", "/")):
         hint += f"; for the hub write hf:{bare}"
