@@ -149,6 +149,8 @@ class Bundle:
 
         if self.task != "image-text":
             raise DataError(f"texts are compared with images by the task image-text; this bundle's is {self.task}")
+        if not images or not texts:
+            return np.zeros((len(images), len(texts)))
         # The network takes pairs; what there is less of is repeated.
         count = max(len(images), len(texts))
         pairs: list[Content] = [(images[i % len(images)], texts[i % len(texts)]) for i in range(count)]  # type: ignore[misc]

@@ -263,6 +263,9 @@ def predict(
     with open_bundle(bundle) as opened:
         words = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else inputs
         if text:
+            if opened.task != "image-text":
+                problem = f"compares texts with images, and this bundle's task is {opened.task}"
+                raise ConfigError([Problem("--text", problem, "leave it out, or take a bundle of the task image-text")])
             print_nearest(words, text, opened.similarities([Path(word) for word in words], text, threads), json_)
             return
         contents = [opened.processing.from_argument(word) for word in words]

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from models.errors import ConfigError, Problem
 from models.registry import check_task, resolve
 from models.spec import BackboneSpec, TaskName
-from models.tasks import MODALITY_OF_TASK
+from models.tasks import MODALITY_OF_TASK, task_of
 from stages import section_of
 from stages.base import StageConfig
 from stages.data.config import DataConfig
@@ -107,6 +107,7 @@ def make_config(
             spec = resolve(values["backbone"])
             if config is not None:
                 check_task(spec, config.task)
+                check_launch(config)
     data, modality = values.get("data"), MODALITY_OF_TASK.get(str(values.get("task")))
     if modality and isinstance(data, dict) and isinstance(data.get("source"), str):
         with collected(problems, lines, file, "data", "source"):
@@ -114,6 +115,14 @@ def make_config(
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec
+
+
+def check_launch(config: PipelineConfig) -> None:
+    """Raises `ConfigError` where several processes cannot train the task."""
+    launch = config.finetune.launch
+    if task_of(config.task).embeds and (launch.count > 1 or launch.config_file):
+        problem = f"{config.task} compares every pair of a batch with all others, which several processes do not share"
+        raise ConfigError([Problem("finetune.launch", problem, "leave finetune.launch out")])
 
 
 def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
@@ -138,9 +147,16 @@ def find_beside(file: Path, values: dict[str, Any]) -> None:
     named = ((values, "backbone"), (values.get("data"), "source"), (finetune, "from_run"), (launch, "config_file"))
     for section, key in named:
         path = section.get(key) if isinstance(section, dict) else None
-        # os.path: a name that no file system takes is not there, where pathlib raises.
-        if isinstance(section, dict) and isinstance(path, str) and path and os.path.exists(file.parent / path):
-            section[key] = str(file.parent / path)
+        if isinstance(section, dict) and isinstance(path, str):
+            # An image–text backbone is two ids with a plus between them.
+            parts = path.split("+") if key == "backbone" and not os.path.exists(file.parent / path) else [path]
+            section[key] = "+".join(beside(file, part) for part in parts)
+
+
+def beside(file: Path, path: str) -> str:
+    """The path as it leads there from here, where it is beside the file; else as it is."""
+    # os.path: a name that no file system takes is not there, where pathlib raises.
+    return str(file.parent / path) if path and os.path.exists(file.parent / path) else path
 
 
 @contextmanager

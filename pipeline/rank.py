@@ -189,13 +189,15 @@ def measure(
 
     from models.classifier import make_spec, new_classifier
     from models.registry import load_backbone
+    from stages.inputs import are_text_pairs
     from stages.transferability.scores import h_score, judge_neighbours, judge_probe, log_me
 
     spec = pin(spec)
     with translated_errors(spec):
         loaded = load_backbone(
-            spec, config.task, config.finetune.image_size, config.finetune.max_length, True, config.finetune.max_seconds
-        )
+            spec, config.task, config.finetune.image_size, config.finetune.max_length, True,
+            config.finetune.max_seconds, are_text_pairs(config.task, data["train"]),
+        )  # fmt: skip
         model = new_classifier(loaded, len(data.labels))
         described = make_spec(config.task, spec, loaded, data.labels)
         key = features_key([spec.weights_digest], described, loaded.processing, device)

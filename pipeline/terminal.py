@@ -13,6 +13,7 @@ from pipeline.progress import BarProgress, LineProgress, QuietProgress
 from stages.base import Progress
 
 LIBRARY_LOGGERS = (
+    "huggingface_hub",
     "torch",
     "transformers",
     "timm",

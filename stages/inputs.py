@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from models.tasks import MODALITY_OF_TASK
+
 if TYPE_CHECKING:
     import numpy as np
 
     from models.modalities import Processing
     from models.runtimes.base import Runtime
+    from models.spec import TaskName
     from stages.base import Progress
     from stages.data.splits import Example
+
+
+def are_text_pairs(task: TaskName, examples: Sequence[Example]) -> bool:
+    """Whether each example is two texts that the network compares."""
+    return MODALITY_OF_TASK[task] == "text" and isinstance(examples[0].content, tuple)
 
 
 def batches(

@@ -166,7 +166,7 @@ def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chose
             )
     return {
         "file": target.relative_to(bundle).as_posix(),
-        **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "metric", "latency_ms_p50")},
+        **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "metric", "latency_ms_p50", "logit_range")},
     }
 
 
@@ -199,7 +199,7 @@ def write_golden(
         with OnnxRuntimeSession(bundle / model["file"], threads=context.threads) as session:
             outputs = side_by_side(session.infer(arrays))
         model["golden_outputs"] = f"outputs-{name}"
-        model["golden_tolerance"] = GOLDEN_TOLERANCES[model["precision"]] * float(outputs.max() - outputs.min())
+        model["golden_tolerance"] = GOLDEN_TOLERANCES[model["precision"]] * float(model.pop("logit_range"))
         saved[model["golden_outputs"]] = outputs
     for name, array in saved.items():
         np.save(folder / f"{name}.npy", array, allow_pickle=False)

@@ -54,8 +54,9 @@ def _tango_score(gained: int, lost: int, samples: int, difference: float) -> flo
 def paired_interval(found: np.ndarray, wanted: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """The interval of the mean of `found` − `wanted`, two scores of each sample: float64 (samples,).
 
-    Tango's where every score is 0 or 1; else Student's t on the paired differences, which holds for many samples
-    whatever their distribution.
+    Tango's where every score is 0 or 1, and where no sample differs, which alone is no proof that none can; else
+    Student's t on the paired differences, which holds for many samples whatever their distribution. One sample says
+    nothing: from −1 to 1.
 
     Raises:
         ValueError: there are no samples.
@@ -63,13 +64,13 @@ def paired_interval(found: np.ndarray, wanted: np.ndarray, confidence: float = 0
     import numpy as np
     from scipy.stats import t
 
-    if are_binary(found) and are_binary(wanted):
+    if (are_binary(found) and are_binary(wanted)) or bool((found == wanted).all()):
         return tango_interval(int((found > wanted).sum()), int((wanted > found).sum()), len(found), confidence)
-    if not len(found):
-        raise ValueError("there are no samples")
+    if len(found) == 1:
+        return -1.0, 1.0
     differences = found - wanted
-    mean, deviation = float(differences.mean()), float(np.std(differences, ddof=1)) if len(found) > 1 else math.inf
-    reach = float(t.ppf(0.5 + confidence / 2, max(len(found) - 1, 1))) * deviation / math.sqrt(len(found))
+    mean, deviation = float(differences.mean()), float(np.std(differences, ddof=1))
+    reach = float(t.ppf(0.5 + confidence / 2, len(found) - 1)) * deviation / math.sqrt(len(found))
     return mean - reach, mean + reach
 
 
@@ -89,8 +90,8 @@ def smallest_visible_drop(found: np.ndarray, wanted: np.ndarray) -> float:
 
     samples = len(found)
     variance = float(np.square(found - wanted).mean())
-    floor = 3 / samples if are_binary(found) and are_binary(wanted) else 0.0
-    return min(1.0, math.sqrt(8.56 * max(variance, floor) / samples))
+    alike = bool((found == wanted).all()) or (are_binary(found) and are_binary(wanted))
+    return min(1.0, math.sqrt(8.56 * max(variance, 3 / samples if alike else 0.0) / samples))
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,7 @@ def load_hf(
             check_padding(module, processing, spec.id)
             if pairs:
                 processing = replace(processing, pairs=True, types=takes_types(module, values))
+                check_pairs(processing, spec.id)
     except OSError as error:
         if spec.folder:
             raise ModelError(f"{source}: {error}; expected config.json, safetensors and tokenizer.json") from error
@@ -229,6 +230,16 @@ def load_hf(
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {spec.id} as an encoder of {modality}s: {error}") from error
     return module, architecture, processing
+
+
+def check_pairs(processing: TextProcessing, name: str) -> None:
+    """Raises `ModelError` where the network cannot see which word belongs to which of two texts."""
+    one, other = (processing.arrays([pair]) for pair in (("a text", "b"), ("a", "text b")))
+    if all((one[key].shape == other[key].shape and (one[key] == other[key]).all()) for key in one):
+        raise ModelError(
+            f"the tokenizer of {name} puts nothing between two texts, so that the network cannot tell them apart; take "
+            "an encoder that was made for pairs (bert, roberta, deberta, …), or join the texts in one column yourself"
+        )
 
 
 def takes_types(module: torch.nn.Module, config: dict[str, Any]) -> bool:

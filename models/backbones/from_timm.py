@@ -101,6 +101,8 @@ def folder_description(spec: BackboneSpec) -> tuple[dict[str, Any], dict[str, An
     if spec.folder is None:
         return {}, {}
     config = json.loads((Path(spec.folder) / "config.json").read_text(encoding="utf-8"))
+    if "num_classes" not in config:
+        raise ModelError(f"{spec.folder}/config.json has no num_classes; expected a folder that timm saved")
     arguments = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     if arguments.pop("in_chans", 3) != 3:
         raise ModelError(f"{spec.id} takes images of other than three channels; expected RGB")

@@ -85,13 +85,14 @@ class MultiLabel:
     def more_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """F1 over all labels at once and averaged over them, exact matches, and the mean average precision."""
         import numpy as np
-        from sklearn.metrics import average_precision_score, f1_score
+        from sklearn.metrics import average_precision_score
 
-        true, given = (targets > 0).astype(int), (outputs > 0).astype(int)
+        true, given = targets > 0, outputs > 0
         seen = true.any(axis=0)  # a label that no example has has no precision
+        common, sizes = (true & given).sum(0), true.sum(0) + given.sum(0)
         found = {
-            "micro F1": float(f1_score(true, given, average="micro", zero_division=0.0)),
-            "macro F1": float(f1_score(true, given, average="macro", zero_division=0.0)),
+            "micro F1": float(2 * common.sum() / max(sizes.sum(), 1)),
+            "macro F1": float(np.mean(2 * common / np.maximum(sizes, 1))),
             "exact match": float(np.mean((true == given).all(1))),
         }
         if seen.any():

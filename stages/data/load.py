@@ -29,6 +29,8 @@ class Checked:
 
     row: Row
     digest: str
+    image: str = ""
+    """Of a pair of an image and a text: the SHA-256 of the image alone."""
 
 
 def load_data(config: DataConfig, task: TaskName) -> DataSplits:
@@ -44,6 +46,8 @@ def load_data(config: DataConfig, task: TaskName) -> DataSplits:
     source = read_source(config, modality, kind)
     checked, notes = drop_unreadable(source.rows, config, modality)
     checked, more = drop_contradictions(checked, config)
+    checked, captions = drop_other_captions(checked, config)
+    more += captions
     labels = kind.labels(one.row.label for one in checked)
     indices = {label: index for index, label in enumerate(labels)}
     placed = [
@@ -87,7 +91,8 @@ def check_rows(rows: Sequence[Row], modality: str) -> tuple[list[Checked], list[
         try:
             if row.problem:
                 raise DataError(row.problem)
-            checked.append(Checked(row, digest_of_row(row, digests)))
+            image = digests.digest(row.content[0]) if digests and isinstance(row.content, tuple) else ""
+            checked.append(Checked(row, digest_of_row(row, digests), image))
         except DataError as error:
             problems.append(str(error))
     if digests is not None:
@@ -134,6 +139,25 @@ def drop_contradictions(checked: Sequence[Checked], config: DataConfig) -> tuple
     return [one for one in checked if one.digest not in torn], [f"skipped: the same content, {one}" for one in found]
 
 
+def drop_other_captions(checked: Sequence[Checked], config: DataConfig) -> tuple[list[Checked], list[str]]:
+    """Pairs whose image stands once; with `on_error: fail` any other is an error. A picture that is in train under one
+    caption and in test under another would be found again, not retrieved."""
+    first: dict[str, Checked] = {}
+    kept, found = [], []
+    for one in checked:
+        other = first.setdefault(one.image, one) if one.image else one
+        if other is one or other.digest == one.digest:  # copies are left to those who know the splits
+            kept.append(one)
+        else:
+            found.append(f"{one.row.origin} with {one.row.label!r} and {other.row.origin} with {other.row.label!r}")
+    if found and config.on_error == "fail":
+        raise DataError(
+            f"{len(found)} pairs have an image that another pair has: {shortened(found, 3)}. The same picture must not "
+            "be in two splits: keep one text for each, or set data.on_error: skip to keep the first"
+        )
+    return kept, [f"left out: {one}" for one in found]
+
+
 def check_labels(labels: tuple[str, ...], examples: Sequence[Example], task: Task, config: DataConfig) -> None:
     """Enough labels, each with enough different examples. Raises `DataError`."""
     if not examples:
@@ -144,6 +168,7 @@ def check_labels(labels: tuple[str, ...], examples: Sequence[Example], task: Tas
     if len({one.label for one in examples}) < 2:
         what = task.describe(examples[0].label, labels)
         raise DataError(f"{config.source}: every example has the same label ({what}); there is nothing to learn")
+    check_numbers([one.label for one in examples if isinstance(one.label, float)], config)
     by_content = {one.digest: one.label for one in examples}
     counts = Counter(label for target in by_content.values() for label in classes_of(target))
     small = [
@@ -153,6 +178,25 @@ def check_labels(labels: tuple[str, ...], examples: Sequence[Example], task: Tas
         raise DataError(
             f"too few examples: {shortened(small, 10)}. Each class needs {SMALLEST_CLASS} different ones at least, "
             "one to train and one to test; add examples or remove the class"
+        )
+
+
+LARGEST_NUMBER, SMALLEST_SPREAD = 1000.0, 0.01
+"""Numbers to be predicted: a head that starts near 0 does not get to larger ones at the usual learning rates, and fp16
+has three digits of them; a smaller spread drowns in the rounding of half precision."""
+
+
+def check_numbers(numbers: Sequence[float], config: DataConfig) -> None:
+    """Raises `DataError` for numbers to be predicted that a network does not learn, or fp16 does not hold."""
+    if not numbers:
+        return
+    mean = sum(numbers) / len(numbers)
+    spread = (sum((one - mean) ** 2 for one in numbers) / len(numbers)) ** 0.5
+    if max(map(abs, numbers)) > LARGEST_NUMBER or spread < SMALLEST_SPREAD:
+        raise DataError(
+            f"the numbers in {config.source} go from {min(numbers):g} to {max(numbers):g} (mean {mean:g}, standard "
+            f"deviation {spread:g}); expected at most {LARGEST_NUMBER:g} either way, with a deviation of "
+            f"{SMALLEST_SPREAD:g} or more. Subtract the mean and divide by the deviation, or take another unit"
         )
 
 

@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from models.errors import ModelError
-from models.tasks import MODALITY_OF_TASK, task_of
+from models.tasks import task_of
 from stages.artifact import verify_files
 from stages.data.splits import SplitName
 from stages.environment import usable_cores
 from stages.finetune.config import ADAPTER_RATES, LAYER_RATES, Family, FinetuneConfig, Strategy, merged_network_of
 from stages.finetune.rates import Rates, decaying_rates, one_rate
+from stages.inputs import are_text_pairs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,7 +162,7 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     from models.registry import load_backbone
 
     backbone = context.backbone
-    pairs = MODALITY_OF_TASK[context.task] == "text" and isinstance(context.data["train"][0].content, tuple)
+    pairs = are_text_pairs(context.task, context.data["train"])
     loaded = load_backbone(
         backbone, context.task, config.image_size, config.max_length, not config.from_scratch, config.max_seconds, pairs
     )

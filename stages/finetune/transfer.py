@@ -165,7 +165,7 @@ def with_examples(setup: Setup, count: int) -> Setup:
 def from_scratch(setup: Setup) -> Setup:
     """The same network with random weights, all of them trained at the rate of its kind, for the same budget."""
     changes: dict[str, Any] = {"strategy": "full", "from_scratch": True, "initial_head": "random", "wise_ft": False}
-    changes["scratch_fractions"] = ()
+    changes |= {"scratch_fractions": (), "from_run": None, "compare_direct": False}
     rates = dict.fromkeys(("backbone_learning_rate", "head_learning_rate", "layer_rate_ratio"))
     config = FinetuneConfig.model_validate({**setup.config.model_dump(), **changes, **rates})
     seed_everything(setup.context, config)

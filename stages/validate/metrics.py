@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from models.spec import side_by_side
+from models.tasks.single_label import SingleLabel
 from stages.inputs import batches
 from stages.statistics import paired_interval, smallest_visible_drop
 
@@ -96,7 +97,7 @@ def compare(found: Outputs, wanted: Outputs, targets: np.ndarray, task: Task) ->
     if found.values.shape != wanted.values.shape:
         problem = f"outputs have shape {found.values.shape}, the reference's {wanted.values.shape}"
         return {"problem": problem, **dict.fromkeys(NUMBERS)}
-    numbers = {**decisions(found.values, wanted.values, targets, task), **errors(found.values, wanted.values)}
+    numbers = {**decisions(found.values, wanted.values, targets, task), **errors(found.values, wanted.values, task)}
     return {"problem": problem, **numbers}
 
 
@@ -127,13 +128,13 @@ def decisions(found: np.ndarray, wanted: np.ndarray, targets: np.ndarray, task: 
     }
 
 
-def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+def errors(found: np.ndarray, wanted: np.ndarray, task: Task) -> dict[str, Any]:
     """What differs in the outputs.
 
-    `relative_error` is the largest error as a share of the reference's output range, `cosine` the smallest
-    over all samples, `sqnr_db` 10·log10(Σ reference² / Σ error²), `kl` the mean divergence of the candidate's
-    probabilities from the reference's in nats. A reference that is zero throughout has neither range nor
-    signal: those numbers are None.
+    `relative_error` is the largest error as a share of the reference's output range, `cosine` the smallest over all
+    samples (and embeddings), `sqnr_db` 10·log10(Σ reference² / Σ error²), `kl` the mean divergence of the candidate's
+    probabilities from the reference's in nats (None where the outputs are not those of one choice). A reference that
+    is zero throughout has neither range nor signal: those numbers are None.
     """
     import numpy as np
 
@@ -141,8 +142,8 @@ def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
     error = np.abs(found - wanted)
     noise, signal = float(np.square(error).sum()), float(np.square(wanted).sum())
     scale = float(wanted.max() - wanted.min())
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
     before, after = log_probabilities(wanted), log_probabilities(found)
+    divergence = float((np.exp(before) * (before - after)).sum(1).mean())
     counts, edges = np.histogram(error.max(1), bins=HISTOGRAM_BINS)
     sqnr_db = min(10 * float(np.log10(signal / noise)), SQNR_LIMIT_DB) if noise and signal else SQNR_LIMIT_DB
     return {
@@ -151,12 +152,26 @@ def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
         "mean_abs_error": float(error.mean()),
         "p999_abs_error": float(np.quantile(error, 0.999)),
         "relative_error": float(error.max()) / scale if scale else None,
-        "cosine": float(((found * wanted).sum(1) / norms).min()) if norms.all() else None,
+        "cosine": smallest_cosine(found, wanted, 2 if task.embeds else 1),
         "sqnr_db": sqnr_db if signal else None,
         # Rounding can leave a divergence of equal distributions just below zero.
-        "kl": max(float((np.exp(before) * (before - after)).sum(1).mean()), 0.0),
+        "kl": max(divergence, 0.0) if isinstance(task, SingleLabel) else None,
         "error_histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
     }
+
+
+def smallest_cosine(found: np.ndarray, wanted: np.ndarray, parts: int) -> float | None:
+    """Over all samples and the `parts` (embeddings side by side) of their outputs; None where one has no length."""
+    import numpy as np
+
+    pairs = zip(np.split(found, parts, axis=1), np.split(wanted, parts, axis=1), strict=True)
+    cosines = []
+    for one, other in pairs:
+        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        if not norms.all():
+            return None
+        cosines.append(float(((one * other).sum(1) / norms).min()))
+    return min(cosines)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

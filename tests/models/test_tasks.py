@@ -162,6 +162,13 @@ def test_the_same_answer() -> None:
 def test_more_metrics_are_those_of_the_field() -> None:
     assert set(ONE.more_metrics(*random_of(ONE))) == {"macro F1", "balanced accuracy"}
     assert set(MANY.more_metrics(*random_of(MANY))) == {"micro F1", "macro F1", "exact match", "mAP"}
+    outputs, targets = random_of(MANY)
+    for count in (3, 1):
+        some = MANY.more_metrics(outputs[:, :count], targets[:, :count])
+        true, given = targets[:, :count].ravel(), outputs[:, :count].ravel() > 0
+        assert some["micro F1"] == pytest.approx(f1_score(true, given))
+        if count > 1:
+            assert some["macro F1"] == pytest.approx(f1_score(targets, outputs > 0, average="macro"))
     found = NUMBER.more_metrics(*random_of(NUMBER))
     assert found["RMSE"] > found["MAE"] > 0 and 0.8 < found["Spearman"] < found["Pearson"] < 1
     assert "Pearson" not in NUMBER.more_metrics(np.ones((3, 1), np.float32), np.ones((3, 1), np.float32))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from models.errors import ConfigError
-from pipeline.config import RECIPES, PipelineConfig, load_config
+from pipeline.config import RECIPES, PipelineConfig, find_beside, load_config
 from pipeline.init import write_config
 from stages.artifact import SCHEMA_VERSION
 
@@ -161,3 +161,24 @@ def test_init_writes_a_file_that_loads_also_with_every_comment_removed(tmp_path:
     assert minimal == PipelineConfig.model_validate(yaml.safe_load(GOOD))
     with pytest.raises(ConfigError, match="exists"):
         write_config(file, "image-classification", "timm:tf_efficientnet_lite0", "demo:fashion-mnist", force=False)
+
+
+def test_several_processes_do_not_share_a_contrastive_loss(tmp_path: Path) -> None:
+    text = (
+        (RECIPES / "image-text.yaml")
+        .read_text(encoding="utf-8")
+        .replace("finetune:", "finetune:\n  launch: {processes: 2}")
+    )
+    with pytest.raises(ConfigError, match="compares every pair of a batch with all others"):
+        load_config(write(tmp_path, text))
+
+
+def test_both_parts_of_a_dual_backbone_are_looked_for_beside_the_file(tmp_path: Path) -> None:
+    for name in ("image", "text"):
+        (tmp_path / name).mkdir()
+    values = {"backbone": "image+text", "data": {"source": "x"}}
+    find_beside(tmp_path / "pipeline.yaml", values)
+    assert values["backbone"] == f"{tmp_path / 'image'}+{tmp_path / 'text'}"
+    values = {"backbone": "timm:resnet18+text"}
+    find_beside(tmp_path / "pipeline.yaml", values)
+    assert values["backbone"] == f"timm:resnet18+{tmp_path / 'text'}"

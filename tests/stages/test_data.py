@@ -131,7 +131,8 @@ def test_pairs_come_from_tables_and_are_identified_by_both(tmp_path: Path) -> No
     assert len({one.digest for one in examples}) == 24
     assert all(one.content[1] == one.label for one in examples)  # type: ignore[index]
     write_png(tmp_path / "5.png", 6)  # the photo of another row, under its own title still
-    assert len({one.digest for part in load_data(config, "image-text").splits.values() for one in part}) == 24
+    with pytest.raises(DataError, match="1 pairs have an image that another pair has"):
+        load_data(config, "image-text")
     with pytest.raises(DataError, match="has no column 'caption'.*set data.text_column"):
         load_data(config.model_copy(update={"text_column": "caption"}), "image-text")
     write_csv(table, [("0.png", "one"), ("gone.png", "two")], ("photo", "title"))
@@ -844,3 +845,27 @@ def test_the_grids_hold_their_garments() -> None:
     assert sizes(data)["test"] == pytest.approx(1000, abs=60)
     with pytest.raises(DataError, match="the label holds .*; expected a number"):
         load("demo:fashion-mnist-grids", "image-regression")
+
+
+def test_a_picture_with_two_captions_stands_in_one_split_only(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = ["image,text"]
+    for number in range(20):
+        Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        rows += [f"{number}.png,first of {number}", f"{number}.png,second of {number}"]
+    file = tmp_path / "captions.csv"
+    file.write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(DataError, match="20 pairs have an image that another pair has: .*keep one text for each"):
+        load(file, "image-text")
+    data = load(file, "image-text", on_error="skip")
+    assert sum(sizes(data).values()) == 20 and len(data.notes) >= 20
+    assert all("first" in str(one.content[1]) for name in SPLITS for one in data[name])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(50_000, 200_000), (1e-5, 0)])
+def test_numbers_that_no_head_gets_to_are_refused(tmp_path: Path, scale: float, shift: float) -> None:
+    file = tmp_path / "numbers.csv"
+    numbers = (f"text {n},{shift + scale * (n % 7 - 3)}" for n in range(40))
+    file.write_text("text,label\n" + "\n".join(numbers), encoding="utf-8")
+    with pytest.raises(DataError, match="Subtract the mean and divide by the deviation"):
+        load(file, "text-regression")

@@ -97,3 +97,11 @@ def test_scores_between_right_and_wrong_have_students_interval() -> None:
         held.append(low <= -0.05 <= high)
     assert 0.92 <= sum(held) / len(held) <= 0.975
     assert paired_interval(*flipped(11, 200)) == tango_interval(11, 0, 200)
+
+
+def test_no_difference_of_scores_is_no_proof_either() -> None:
+    scores = np.array([0.0, 0.5, 1.0] * 8)
+    low, high = paired_interval(scores, scores)
+    assert (low, high) == tango_interval(0, 0, 24) and low < -0.1
+    assert smallest_visible_drop(scores, scores) == smallest_visible_drop(*flipped(0, 24)) > 0.2
+    assert paired_interval(np.array([0.4]), np.array([0.7])) == (-1.0, 1.0)

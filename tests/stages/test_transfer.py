@@ -126,6 +126,8 @@ def test_a_run_starts_from_another_and_says_what_that_is_worth(tmp_path: Path, d
     assert not torch.equal(setup.model.state_dict()[name], plain.model.state_dict()[name])
     assert not torch.equal(setup.model.task_head.weight, merged.task_head.weight)  # the head is new
     result = Finetune().run(make_context(tmp_path, "second", data), config)
+    scratch = from_scratch(replace(setup, config=config.model_copy(update={"scratch_fractions": (0.5,)})))
+    assert scratch.config.from_run is None and scratch.config.from_scratch
     direct = result.measurements["against_direct"]
     assert direct["run"] == "first"
     assert direct["probe"] == result.measurements["probe_validation_metric"]

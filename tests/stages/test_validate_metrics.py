@@ -11,10 +11,12 @@ import pytest
 
 from models.modalities.vision import ImageProcessing
 from models.spec import IOSpec, TensorSpec
+from models.tasks.regression import Regression
+from models.tasks.retrieval import Retrieval
 from models.tasks.single_label import SingleLabel
 from pipeline.progress import QuietProgress
 from stages.latency import measure_latency
-from stages.validate.metrics import NUMBERS, Outputs, collect_outputs, compare, confusion_of, output_problem
+from stages.validate.metrics import NUMBERS, Outputs, collect_outputs, compare, confusion_of, errors, output_problem
 from tests.stages.chain import test_split as examples_of
 
 TASK = SingleLabel()
@@ -158,3 +160,15 @@ def test_latency_times_every_runtime_on_the_same_samples() -> None:
     for times in found.values():
         assert 0 < times["latency_ms_p50"] <= times["latency_ms_p95"]
         assert times["throughput_per_s"] > 0
+
+
+def test_one_of_two_embeddings_cannot_hide_behind_the_other() -> None:
+    random = np.random.default_rng(0)
+    image, text = (parts / np.linalg.norm(parts, axis=1, keepdims=True) for parts in random.normal(size=(2, 5, 8)))
+    turned = text + 0.5 * random.normal(size=text.shape) / np.sqrt(8)
+    turned /= np.linalg.norm(turned, axis=1, keepdims=True)
+    wanted, found = (np.concatenate([image, one], axis=1).astype(np.float32) for one in (text, turned))
+    numbers = errors(found, wanted, Retrieval())
+    assert numbers["cosine"] == pytest.approx(float((text * turned).sum(1).min()), abs=1e-6)
+    assert numbers["cosine"] < errors(found, wanted, TASK)["cosine"]
+    assert numbers["kl"] is None and errors(found, wanted, Regression())["kl"] is None
