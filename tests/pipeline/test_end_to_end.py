@@ -117,13 +117,13 @@ def test_accuracy(folder: Path) -> float:
     from pipeline.config import load_config
     from pipeline.progress import QuietProgress
     from stages.data.load import load_data
-    from stages.inputs import predict_logits
+    from stages.inputs import predict
 
     config, _ = load_config(RECIPES / "vision.yaml")
     examples = load_data(config.data, config.task)["test"]
     checkpoint = load_checkpoint(folder)
     with TorchEager(checkpoint.model, checkpoint.spec.io) as runtime:
-        logits = predict_logits(runtime, checkpoint.processing, examples, 64, QuietProgress(), "test")
+        logits = predict(runtime, checkpoint.processing, examples, 64, QuietProgress(), "test")
     return float((logits.argmax(1) == [one.label for one in examples]).mean())
 
 
