@@ -67,7 +67,7 @@ def test_the_bundle_answers(finished: tuple[str, Path]) -> None:
     if name == "text-regression":
         assert all(abs(row["score"] - float(row["label"])) < 1e-3 and not row["probabilities"] for row in rows)
     else:
-        given = [{label for label, share in row["probabilities"].items() if share > 0.5} for row in rows]
+        given = [set(row["label"].split(", ")) for row in rows]
         true = [set(sample["label"].split(", ")) for sample in samples]
         assert sum(bool(one & other) for one, other in zip(given, true, strict=True)) >= len(rows) // 4
 

@@ -112,7 +112,9 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
     metric = {"text-regression": "R²", "pairs": "accuracy", "image-text": "recall@1"}.get(task, "samples F1")
     assert measured["finetune"]["metric"] == measured["validate"]["metric_name"] == metric
     reference = measured["validate"]["reference"]
-    assert reference["metric"] > 0.0 and reference["more_metrics"]
+    fp32 = next(one for one in measured["validate"]["candidates"] if one["precision"] == "fp32")
+    assert fp32["agreement"] == 1.0 and fp32["metric"] == pytest.approx(reference["metric"], abs=1e-5)
+    assert set(fp32["more_metrics"]) == set(reference["more_metrics"]) != set()
     with open_bundle(artifacts["package"].folder / "bundle") as bundle:
         contents = [one.content for one in data["test"]]
         found = bundle.predict(contents)
