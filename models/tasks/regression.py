@@ -115,6 +115,8 @@ class Regression:
 
     def folds(self, targets: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Plain folds: the examples are shuffled already."""
+        from models.tasks.folds import plain_folds
+
         return plain_folds(len(targets), count)
 
     def vote(self, weights: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
@@ -127,11 +129,3 @@ class Regression:
     def answers(self, outputs: np.ndarray, labels: tuple[str, ...]) -> list[Answer]:
         """The number."""
         return [Answer(f"{float(row[0]):.4f}", float(row[0]), {}) for row in outputs]
-
-
-def plain_folds(examples: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Consecutive folds of (training, held-out) indices; none below two examples."""
-    import numpy as np
-    from sklearn.model_selection import KFold
-
-    return list(KFold(min(count, examples)).split(np.empty(examples))) if examples > 1 else []

@@ -149,7 +149,7 @@ class Retrieval:
 
     def folds(self, targets: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Plain folds: the examples are shuffled already."""
-        from models.tasks.regression import plain_folds
+        from models.tasks.folds import plain_folds
 
         return plain_folds(len(targets), min(count, CV_FOLDS))
 

@@ -142,8 +142,6 @@ def errors(found: np.ndarray, wanted: np.ndarray, task: Task) -> dict[str, Any]:
     error = np.abs(found - wanted)
     noise, signal = float(np.square(error).sum()), float(np.square(wanted).sum())
     scale = float(wanted.max() - wanted.min())
-    before, after = log_probabilities(wanted), log_probabilities(found)
-    divergence = float((np.exp(before) * (before - after)).sum(1).mean())
     counts, edges = np.histogram(error.max(1), bins=HISTOGRAM_BINS)
     sqnr_db = min(10 * float(np.log10(signal / noise)), SQNR_LIMIT_DB) if noise and signal else SQNR_LIMIT_DB
     return {
@@ -154,10 +152,18 @@ def errors(found: np.ndarray, wanted: np.ndarray, task: Task) -> dict[str, Any]:
         "relative_error": float(error.max()) / scale if scale else None,
         "cosine": smallest_cosine(found, wanted, 2 if task.embeds else 1),
         "sqnr_db": sqnr_db if signal else None,
-        # Rounding can leave a divergence of equal distributions just below zero.
-        "kl": max(divergence, 0.0) if isinstance(task, SingleLabel) else None,
+        "kl": mean_divergence(found, wanted) if isinstance(task, SingleLabel) else None,
         "error_histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
     }
+
+
+def mean_divergence(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Of the probabilities of `found` from those of `wanted`, in nats."""
+    import numpy as np
+
+    before, after = log_probabilities(wanted), log_probabilities(found)
+    # Rounding can leave a divergence of equal distributions just below zero.
+    return max(float((np.exp(before) * (before - after)).sum(1).mean()), 0.0)
 
 
 def smallest_cosine(found: np.ndarray, wanted: np.ndarray, parts: int) -> float | None:

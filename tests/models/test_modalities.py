@@ -201,3 +201,13 @@ def test_edge_needs_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_texts_with_nothing_between_them_are_refused() -> None:
+    from models.backbones.from_hf import check_pairs
+
+    whole = json.loads(tokenizer_json())
+    check_pairs(TextProcessing(json.dumps(whole), 16, pairs=True), "tiny")
+    bare = json.dumps({**whole, "post_processor": None})
+    with pytest.raises(ModelError, match="puts nothing between two texts"):
+        check_pairs(TextProcessing(bare, 16, pairs=True), "tiny")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import soundfile
@@ -13,6 +12,7 @@ import soxr
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
+from tests.pipeline.finished_run import measured, record_of
 from tests.pipeline.tiny_project import pipeline
 from tests.prompts import needs_prompts
 
@@ -36,18 +36,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *set_to(SHORT))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """The content of run.json."""
-    record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return record
-
-
-def measured(folder: Path, stage: str) -> dict[str, Any]:
-    """The measurements of one stage."""
-    found: dict[str, Any] = next(one for one in record_of(folder)["stages"] if one["name"] == stage)["measurements"]
-    return found
 
 
 def test_every_gate_passed_on_enough_samples(finished: Path) -> None:

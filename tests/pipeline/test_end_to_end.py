@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
 from stages import STAGES
+from tests.pipeline.finished_run import measured, record_of
 from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -24,18 +24,6 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(folder / "report.html") in done.stdout
     return request.param, folder
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """The content of run.json."""
-    record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return record
-
-
-def measured(folder: Path, stage: str) -> dict[str, Any]:
-    """The measurements of one stage."""
-    found: dict[str, Any] = next(one for one in record_of(folder)["stages"] if one["name"] == stage)["measurements"]
-    return found
 
 
 def test_the_record_follows_its_schema_and_every_gate_passed(finished: tuple[str, Path]) -> None:

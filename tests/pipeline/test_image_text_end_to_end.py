@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
+from tests.pipeline.finished_run import measured, record_of
 from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -27,10 +27,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pairs_that_were_never_seen_find_each_other(finished: Path) -> None:
-    record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    record = record_of(finished)
     assert validate_run(record) == []
     assert {gate["verdict"] for stage in record["stages"] for gate in stage["gates"]} == {"pass"}
-    validate: dict[str, Any] = next(one for one in record["stages"] if one["name"] == "validate")["measurements"]
+    validate = measured(finished, "validate")
     assert (validate["metric_name"], validate["samples"]) == ("recall@1", 240)
     assert validate["reference"]["metric"] > 10 / 240  # ten times chance
     assert {one["precision"] for one in validate["candidates"]} == {"fp32", "fp16"}

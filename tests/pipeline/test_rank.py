@@ -275,3 +275,12 @@ def test_real_weights_beat_a_larger_network_without_them(tmp_path: Path) -> None
     assert all(first["scores"][name] > second["scores"][name] for name in first["scores"])
     assert first["cost"]["parameters"] * 3 < second["cost"]["parameters"]
     assert any("3.3 times smaller" in line and "more accurate" in line for line in record["findings"])
+
+
+def test_pairs_of_texts_are_ranked(tmp_path: Path) -> None:
+    hf_text_folder(tmp_path / "bert")
+    rows = [f"{('a good', 'bad red')[n % 2]} {'tree ' * (n % 5)},runs {'bird ' * (n // 5)},{n % 2}" for n in range(60)]
+    (tmp_path / "pairs.csv").write_text("text,second,label\n" + "\n".join(rows), encoding="utf-8")
+    data = {"source": str(tmp_path / "pairs.csv"), "text_pair_column": "second"}
+    (row,) = rank_in(tmp_path, "bert", task="text-classification", data=data)["rows"]
+    assert row.get("error") is None and row["scores"]["probe"] > 0.5

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
+from tests.pipeline.finished_run import measured, record_of
 from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -44,11 +45,10 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_every_gate_passed_and_transfer_pays(finished: tuple[str, Path]) -> None:
     name, folder = finished
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record = record_of(folder)
     assert validate_run(record) == []
     assert {gate["verdict"] for stage in record["stages"] for gate in stage["gates"]} == {"pass"}
-    measured = {stage["name"]: stage["measurements"] for stage in record["stages"]}
-    finetune, validate = measured["finetune"], measured["validate"]
+    finetune, validate = measured(folder, "finetune"), measured(folder, "validate")
     assert (finetune["metric"], validate["metric_name"], validate["samples"]) == (METRICS[name], METRICS[name], 300)
     assert finetune["validation_metric"] > finetune["constant_baseline"] + 0.02
     assert finetune["probe_validation_metric"] > finetune["against_raw"]["curve"][-1]["raw"]

@@ -131,6 +131,7 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
         if task == "image-text":
             images, texts = [one.content[0] for one in data["test"]], ["bad a", "red good", "bird bad"]  # type: ignore[index]
             near = bundle.similarities(images, texts)
+            assert bundle.similarities([], texts).shape == (0, 3)
             assert near.shape == (24, 3) and float(np.abs(near).max()) < 1 + 1e-5
             assert near[5, 2] == pytest.approx(bundle.predict([(images[5], texts[2])])[0].score, abs=1e-3)
             assert bundle.similarities(images[:1], texts)[0] == pytest.approx(near[0], abs=1e-3)
