@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPTS := $(VENV)/share/asterisk/sounds/en_US_f_Allison
 DEMO_CONFIG ?= pipeline/recipes/vision.yaml
+# Two processes, a file each: a run in a test imports, trains and writes with one core most of the time.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --durations 30
 
 .PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training sweep docs docker clean
 
@@ -55,13 +57,13 @@ imports: env ## pipeline → stages → models
 check: lint types imports ## lint, types and import contracts
 
 test: env prompts-if-possible ## All tests that need no GPU
-	$(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-fast: env prompts-if-possible ## Without the slow tests
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow"
 
 test-slow: env prompts-if-possible ## Only the slow tests: real weights, whole runs
-	$(BIN)/pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: env ## Tests that need a GPU
 	$(BIN)/pytest -m gpu
