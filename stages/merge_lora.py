@@ -95,6 +95,7 @@ def merge(source: Path, target: Path, context: StageContext, config: MergeLoraCo
 
     from models.adapters import fold, load_adapted
     from models.checkpoint import load_checkpoint, save_checkpoint
+    from models.rounding import rounding_error
 
     torch.set_num_threads(context.threads)
     base = load_checkpoint(source / "base")
@@ -125,7 +126,7 @@ def merge(source: Path, target: Path, context: StageContext, config: MergeLoraCo
         **weight_change(base.model, reloaded, asked),
     }
     if measured["max_abs_error"] > config.max_relative_error * measured["logit_range"]:
-        floor = rounding_floor(reloaded, inputs, again)
+        floor = rounding_error(reloaded, [inputs], [again]) or 0.0  # none known: no allowance
         measured["fp32_rounding_error"] = floor
         if measured["logit_range"]:
             measured["tolerance"] = max(config.max_relative_error, FLOOR_FACTOR * floor / measured["logit_range"])
@@ -136,22 +137,6 @@ def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
     """Largest difference of two layers' weights and biases."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return max(float((left - right).detach().abs().max()) for left, right in pairs)
-
-
-def rounding_floor(model: torch.nn.Module, inputs: list[torch.Tensor], single: torch.Tensor) -> float:
-    """How far the network's fp32 logits (`single`) are from its own in fp64: no merge can be held to less.
-
-    0 where the network does not run in fp64 (some cast inside): then there is no allowance. Uses `model`
-    up (it is fp64 afterwards).
-    """
-    import torch
-
-    try:
-        with torch.inference_mode():
-            double = model.double()(*inputs)  # the inputs are integers; networks cast them to their own type
-    except RuntimeError:
-        return 0.0
-    return float((double - single).abs().max())
 
 
 def real_inputs(context: StageContext, base: Checkpoint, samples: int) -> list[torch.Tensor]:

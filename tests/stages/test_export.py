@@ -297,6 +297,53 @@ def test_zeros_around_negative_values_stay_zeros_in_a_maximum(tmp_path: Path) ->
     assert max(error for _, error in shape_errors(tmp_path / "padded.onnx", shapes, reference, 2)) < 1e-5
 
 
+class ClippedTwice(torch.nn.Module):
+    """As gemma4_vit, whose limits are buffers: three projections of one value, each with limits of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(3, 3)
+        for index in range(3):
+            self.register_buffer(f"low_{index}", torch.tensor(-0.1 * index))
+            self.register_buffer(f"high_{index}", torch.tensor(0.1 + 0.1 * index))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = (image.to(self.network.weight.dtype) / 255).mean((1, 2)) * 2 - 1
+        clipped = [torch.clamp(pixels, self.get_buffer(f"low_{i}"), self.get_buffer(f"high_{i}")) for i in range(3)]
+        return self.network(clipped[0]) + clipped[1] * clipped[2]
+
+
+def test_the_limits_of_a_value_that_is_clipped_twice_are_kept(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
+    checkpoint = replace(checkpoint, model=Classifier(ClippedTwice(), torch.nn.Linear(3, 3)).eval())
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
+    exported, _ = export_onnx(checkpoint, shapes[1], 20)
+    save_onnx(exported, tmp_path / "clipped.onnx")
+    check_graph(tmp_path / "clipped.onnx", checkpoint.spec.io)
+    reference, _ = reference_logits(checkpoint, shapes)
+    assert max(error for _, error in shape_errors(tmp_path / "clipped.onnx", shapes, reference, 2)) < 1e-5
+
+
+class SinglePrecision(torch.nn.Module):
+    """Casts inside, so that its weights in fp64 meet values in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(3, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network((image.float() / 255).mean((1, 2)))
+
+
+def test_a_network_that_does_not_run_in_fp64_has_no_noise_floor(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
+    checkpoint = replace(checkpoint, model=Classifier(SinglePrecision(), torch.nn.Linear(3, 3)).eval())
+    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
+    reference, floor = reference_logits(checkpoint, shapes)
+    assert floor is None and len(reference) == len(shapes)
+    assert {parameter.dtype for parameter in checkpoint.model.parameters()} == {torch.float32}
+
+
 def test_the_reason_of_a_failed_export_is_its_first_cause() -> None:
     try:
         try:
