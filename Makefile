@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPTS := $(VENV)/share/asterisk/sounds/en_US_f_Allison
 DEMO_CONFIG ?= pipeline/recipes/vision.yaml
-# Two processes, a file each: a run in a test imports, trains and writes with one core most of the time.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile --durations 30
+# Two processes of one thread, a file each: threads that wait for each other on busy cores are many times slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30
 
 .PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training sweep docs docker clean
 

@@ -218,7 +218,10 @@ class FinetuneConfig(StageConfig):
         description="flip mirrors half of the images in training; none where left and right differ (digits, text).",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of training (number). Default: every core this process may use."
+        default=None,
+        ge=1,
+        description="CPU threads of training (number). Default: every core this process may use, at most "
+        "OMP_NUM_THREADS.",
     )
     workers: int | None = Field(
         default=None,

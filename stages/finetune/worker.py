@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from models.errors import PipelineError, TrainingError
 from stages.base import Advance, StageContext
 from stages.data.splits import DataSplits
-from stages.environment import usable_cores
 from stages.finetune.launch import CONTENTS, REQUEST, ForwardedLog, read_examples, tell
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def work(folder: Path, rank: int) -> None:
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     plan = plan_from_dict(request["plan"])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (request["threads"] or usable_cores()) // here))
+    torch.set_num_threads(max(1, request["threads"] // here))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != plan.processes:
         raise TrainingError(

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+ONE_THREAD = ("--set", "threads=1")
+"""Of the runtimes: two threads on busy cores wait for each other and are many times slower than one."""
+
 
 def record_of(folder: Path) -> dict[str, Any]:
     """The content of run.json."""

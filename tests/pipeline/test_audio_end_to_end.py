@@ -12,7 +12,7 @@ import soxr
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
-from tests.pipeline.finished_run import measured, record_of
+from tests.pipeline.finished_run import ONE_THREAD, measured, record_of
 from tests.pipeline.tiny_project import pipeline
 from tests.prompts import needs_prompts
 
@@ -33,7 +33,7 @@ def set_to(settings: Sequence[str]) -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. To be read, not changed."""
     folder = tmp_path_factory.mktemp("audio") / "run"
-    done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *set_to(SHORT))
+    done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *ONE_THREAD, *set_to(SHORT))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

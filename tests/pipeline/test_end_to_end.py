@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
 from stages import STAGES
-from tests.pipeline.finished_run import measured, record_of
+from tests.pipeline.finished_run import ONE_THREAD, measured, record_of
 from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The name of a recipe and the folder of its finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    done = pipeline("all", "-c", str(RECIPES / f"{request.param}.yaml"), "--run-dir", str(folder))
+    done = pipeline("all", "-c", str(RECIPES / f"{request.param}.yaml"), "--run-dir", str(folder), *ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(folder / "report.html") in done.stdout
     return request.param, folder
@@ -37,7 +37,7 @@ def test_the_record_follows_its_schema_and_every_gate_passed(finished: tuple[str
 def test_the_second_run_does_nothing_and_says_why(finished: tuple[str, Path]) -> None:
     name, folder = finished
     before = (folder / "run.json").read_bytes()
-    done = pipeline("all", "-c", str(RECIPES / f"{name}.yaml"), "--run-dir", str(folder))
+    done = pipeline("all", "-c", str(RECIPES / f"{name}.yaml"), "--run-dir", str(folder), *ONE_THREAD)
     assert done.returncode == 0
     assert done.stderr.count(" fresh: configuration, inputs, data, versions and files are unchanged") == len(STAGES)
     assert (folder / "run.json").read_bytes() == before
@@ -45,7 +45,7 @@ def test_the_second_run_does_nothing_and_says_why(finished: tuple[str, Path]) ->
 
 def test_one_config_key_reruns_exactly_what_depends_on_it(finished: tuple[str, Path]) -> None:
     name, folder = finished
-    options = ("all", "-c", str(RECIPES / f"{name}.yaml"), "--run-dir", str(folder), "--dry-run", "--json")
+    options = ("all", "-c", str(RECIPES / f"{name}.yaml"), "--run-dir", str(folder), *ONE_THREAD, "--dry-run", "--json")
     plan = json.loads(pipeline(*options, "--set", "validate.objective=size").stdout)
     assert {item["stage"]: item["fresh"] for item in plan} == {
         "finetune": True, "merge-lora": True, "export": True, "quantize": True, "validate": False, "package": False,

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
-from tests.pipeline.finished_run import measured, record_of
+from tests.pipeline.finished_run import ONE_THREAD, measured, record_of
 from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. To be read, not changed."""
     folder = tmp_path_factory.mktemp("image-text") / "run"
-    options = ("--run-dir", str(folder), "--set", "validate.latency_calls=20")
+    options = ("--run-dir", str(folder), *ONE_THREAD, "--set", "validate.latency_calls=20")
     done = pipeline("all", "-c", str(RECIPES / "image-text.yaml"), *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import RECIPES
 from pipeline.report import validate_run
-from tests.pipeline.finished_run import measured, record_of
+from tests.pipeline.finished_run import ONE_THREAD, measured, record_of
 from tests.pipeline.tiny_project import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -38,7 +38,9 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """The name of a recipe and the folder of its finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
     options = [part for one in (*SHORT, *LONGER.get(request.param, ())) for part in ("--set", one)]
-    done = pipeline("all", "-c", str(RECIPES / f"{request.param}.yaml"), "--run-dir", str(folder), *options)
+    done = pipeline(
+        "all", "-c", str(RECIPES / f"{request.param}.yaml"), "--run-dir", str(folder), *ONE_THREAD, *options
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, folder
 

@@ -221,9 +221,9 @@ def test_exit_2_leaves_nothing(tmp_path: Path, finished: Path) -> None:
 
 
 def test_threads_are_part_of_what_uses_them(finished: Path) -> None:
-    plan = plan_of(finished, "--set", "threads=1")
+    plan = plan_of(finished, "--set", "threads=2")
     assert plan["finetune"] == ""  # training has finetune.threads of its own
-    assert "threads changed from 2 to 1" in plan["merge-lora"] and plan["package"]
+    assert "threads changed from 1 to 2" in plan["merge-lora"] and plan["package"]
 
 
 def test_from_and_until(project: Path) -> None:

@@ -21,6 +21,7 @@ CONFIG: dict[str, Any] = {
     "task": "image-classification",
     "backbone": "backbone",
     "data": {"source": "photos"},
+    "threads": 1,
     "finetune": {"strategy": "lora", "epochs": 2, "batch_size": 12},
     # The network is random: its logits lie close together, so that sixteen bits flip some of them and eight many.
     "quantize": {"calibration_samples": 12, "sensitivity_samples": 8, "min_agreement": 0.5, "max_metric_drop": 0.5,

@@ -114,7 +114,7 @@ def make_context(
         data=data,
         seed=0,
         device="cpu",
-        threads=2,
+        threads=1,
         log=logging.getLogger("test"),
         progress=progress or QuietProgress(),
     )
