@@ -239,6 +239,7 @@ def load_backbone(
     """
     from models.backbones.from_hf import load_hf
     from models.backbones.from_timm import load_timm
+    from models.backbones.hf_dual import own_head
 
     modality = MODALITY_OF_TASK[task]
     if spec.folder and (Path(spec.folder) / "model.json").is_file():
@@ -249,8 +250,6 @@ def load_backbone(
         from models.backbones.dual import load_dual
 
         module, architecture, processing = load_dual(spec, image_size, max_length, pretrained)
-    elif modality == "image-text":
-        raise ModelError(f"{spec.id} is one encoder, {task} takes two; write <image backbone>+<text backbone>")
     elif spec.library == "timm":
         module, architecture, processing = load_timm(spec, image_size, pretrained)
     else:
@@ -258,7 +257,8 @@ def load_backbone(
             spec, modality, image_size, max_length, max_seconds, pretrained, pairs
         )
     check_finite(module, spec.id)
-    return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing)
+    head = own_head(architecture) if modality == "image-text" else None
+    return LoadedBackbone(module, measure_feature_dim(module, processing), architecture, processing, head)
 
 
 def from_own_checkpoint(

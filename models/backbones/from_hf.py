@@ -73,14 +73,18 @@ def only_looks_back(config: dict[str, Any]) -> bool:
     return writes and not config.get("is_encoder_decoder")
 
 
-def make_image_module(config: dict[str, Any], mean: list[float], std: list[float], bgr: bool) -> torch.nn.Module:
+def make_image_module(
+    config: dict[str, Any], mean: list[float], std: list[float], bgr: bool, tower: bool = False
+) -> torch.nn.Module:
     """A vision encoder that normalises its input itself, and swaps the channels where it was trained on BGR.
 
     Its features are those that its own pooling gives (resnet, swin, convnext, dinov2, …), or the mean of
-    the tokens where there is none. `forward` takes `image`: uint8 (batch, height, width, 3) and gives
-    float32 (batch, features).
+    the tokens where there is none; of the `tower` of a dual encoder its embeddings, of length 1. `forward` takes
+    `image`: uint8 (batch, height, width, 3) and gives float32 (batch, features).
     """
     import torch
+
+    from models.backbones.hf_dual import tower_from_config
 
     class ImageBackbone(torch.nn.Module):
         mean: torch.Tensor
@@ -88,7 +92,9 @@ def make_image_module(config: dict[str, Any], mean: list[float], std: list[float
 
         def __init__(self) -> None:
             super().__init__()
-            self.network = network_from_config(config, VISION_TOWER)
+            self.network: Any = (
+                tower_from_config(config, "image") if tower else network_from_config(config, VISION_TOWER)
+            )
             self.register_buffer("mean", torch.tensor(mean).mul(255).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("std", torch.tensor(std).mul(255).view(1, 3, 1, 1), persistent=False)
 
@@ -96,7 +102,11 @@ def make_image_module(config: dict[str, Any], mean: list[float], std: list[float
             pixels = image.to(self.mean.dtype).permute(0, 3, 1, 2)  # TensorRT casts bytes, but moves none
             if bgr:
                 pixels = pixels.flip(1)
-            output = self.network(pixel_values=(pixels - self.mean) / self.std)
+            pixels = (pixels - self.mean) / self.std
+            if tower:
+                embedding = self.network.get_image_features(pixel_values=pixels).pooler_output
+                return torch.nn.functional.normalize(embedding, dim=1)
+            output = self.network(pixel_values=pixels)
             pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
             if pooled is not None and not isinstance(getattr(self.network, "pooler", None), torch.nn.Identity):
                 return pooled.flatten(1)
@@ -113,6 +123,14 @@ def network_from_config(config: dict[str, Any], tower: str = "") -> torch.nn.Mod
     Raises:
         ModelError: transformers does not know the type, or it wants code of its own.
     """
+    network = encoder_of(whole_network(config), tower)
+    drop_dense_pooler(network)
+    widen_pooler(network)
+    return network.float()
+
+
+def whole_network(config: dict[str, Any]) -> torch.nn.Module:
+    """What transformers' AutoModel makes of a configuration. Raises `ModelError` as `network_from_config`."""
     from transformers import AutoConfig, AutoModel
 
     refuse_own_code(config, config.get("model_type", "the configuration"))
@@ -124,10 +142,7 @@ def network_from_config(config: dict[str, Any], tower: str = "") -> torch.nn.Mod
         network: torch.nn.Module = AutoModel.from_config(AutoConfig.for_model(model_type, **values))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot build an encoder of type {model_type!r}: {error}") from error
-    network = encoder_of(network, tower)
-    drop_dense_pooler(network)
-    widen_pooler(network)
-    return network.float()
+    return network
 
 
 def encoder_of(network: Any, tower: str) -> torch.nn.Module:
@@ -200,6 +215,10 @@ def load_hf(
         if modality == "image" and image_size and isinstance(values.get("image_size"), int):
             config.image_size = values["image_size"] = image_size
         refuse_own_code(values, spec.id)
+        if modality == "image-text":
+            from models.backbones.hf_dual import load_towers
+
+            return load_towers(spec, source, revision, config, max_length, pretrained)
         processing: Processing
         architecture: dict[str, Any]
         if modality == "text":
@@ -255,12 +274,18 @@ def load_weights(module: torch.nn.Module, source: str, revision: str | None, con
     Raises:
         ModelError: the file lacks weights of the encoder (transformers would make them up with a log line).
     """
+    pretrained, report = pretrained_network(source, revision, config)
+    copy_weights(module.get_submodule("network"), pretrained, encoder_of(pretrained, tower), report, source)
+
+
+def pretrained_network(source: str, revision: str | None, config: Any) -> tuple[torch.nn.Module, Any]:
+    """What transformers' AutoModel loads, in fp32, and its report of missing weights."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the stage has its own
-    pretrained, report = AutoModel.from_pretrained(
+    return AutoModel.from_pretrained(  # type: ignore[no-any-return]
         source,
         revision=revision,
         config=config,
@@ -269,12 +294,20 @@ def load_weights(module: torch.nn.Module, source: str, revision: str | None, con
         dtype=torch.float32,
         output_loading_info=True,
     )
-    wanted = module.get_submodule("network").state_dict()
-    encoder = encoder_of(pretrained, tower)
+
+
+def copy_weights(
+    network: torch.nn.Module, pretrained: torch.nn.Module, encoder: torch.nn.Module, report: Any, source: str
+) -> None:
+    """Give `network` the weights of the `encoder` within `pretrained`; `report` is transformers' of loading it.
+
+    Raises:
+        ModelError: the file lacks some of them.
+    """
+    wanted = network.state_dict()
     prefix = next(f"{name}." if name else "" for name, part in pretrained.named_modules() if part is encoder)
     check_complete(source, {f"{prefix}{name}" for name in wanted}, report)
-    state = {name: tensor for name, tensor in encoder.state_dict().items() if name in wanted}
-    module.get_submodule("network").load_state_dict(state, strict=True)
+    network.load_state_dict({name: tensor for name, tensor in encoder.state_dict().items() if name in wanted})
 
 
 def check_complete(source: str, wanted: set[str], report: Any) -> None:
@@ -289,14 +322,19 @@ def check_complete(source: str, wanted: set[str], report: Any) -> None:
 
 def build_hf(architecture: dict[str, Any]) -> torch.nn.Module:
     """The module with random weights."""
+    tower = bool(architecture.get("tower"))
     if architecture["modality"] == "text":
+        if tower:
+            from models.backbones.hf_dual import make_text_tower
+
+            return make_text_tower(architecture["config"])
         return make_text_module(architecture["config"])
     if architecture["modality"] == "audio":
         from models.backbones.hf_audio import make_audio_module
 
         return make_audio_module(architecture["config"])
     return make_image_module(
-        architecture["config"], architecture["mean"], architecture["std"], architecture.get("bgr", False)
+        architecture["config"], architecture["mean"], architecture["std"], architecture.get("bgr", False), tower
     )
 
 
@@ -336,8 +374,11 @@ def positions_of(network: Any) -> int:
     return positions
 
 
-def text_processing(source: str, revision: str | None, max_length: int, rows: int | None) -> TextProcessing:
-    """The fast tokenizer of a folder or repository, for an encoder with `rows` token embeddings.
+def text_processing(
+    source: str, revision: str | None, max_length: int, rows: int | None, loader: Any = None
+) -> TextProcessing:
+    """The fast tokenizer of a folder or repository, for an encoder with `rows` token embeddings. `loader`: the class
+    of transformers that reads it, AutoTokenizer by default.
 
     Raises:
         ModelError: there is none, or it does not belong to the encoder.
@@ -345,7 +386,8 @@ def text_processing(source: str, revision: str | None, max_length: int, rows: in
     from transformers import AutoTokenizer
 
     file = Path(source) / "tokenizer.json"
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True, trust_remote_code=False)
+    loader = loader or AutoTokenizer
+    tokenizer = loader.from_pretrained(source, revision=revision, use_fast=True, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise ModelError(f"{source} has no fast tokenizer with a padding token; the edge runner needs tokenizer.json")
     # Where there are no files at all, transformers makes a tokenizer up that knows its special tokens only.

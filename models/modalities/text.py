@@ -26,7 +26,8 @@ class TextProcessing:
     """Tokenize, truncate to `max_length` tokens, pad on the right to the longest of the batch.
 
     With `pairs` a content is two texts that the network compares: they are joined as the tokenizer joins them, the
-    longer one is cut first, and with `types` the network is told which token is of which text.
+    longer one is cut first, and with `types` the network is told which token is of which text. With `fixed` every text
+    is padded to `max_length`, and the network reads the padding too (SigLIP).
     """
 
     tokenizer_json: str = field(repr=False)
@@ -35,11 +36,15 @@ class TextProcessing:
     pad_token: str = "[PAD]"
     pairs: bool = False
     types: bool = False
+    fixed: bool = False
     kind: ClassVar[str] = "text"
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """`input_ids`, `attention_mask` and with `types` `token_type_ids`: int64 (batch, sequence)."""
+        """`input_ids`, `attention_mask` and with `types` `token_type_ids`: int64 (batch, sequence); with `fixed`
+        `input_ids` only, of `max_length` tokens."""
+        if self.fixed:
+            return (TensorSpec("input_ids", "int64", ("batch", self.max_length)),)
         names = ("input_ids", "attention_mask", *(["token_type_ids"] if self.types else []))
         return tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in names)
 
@@ -53,7 +58,8 @@ class TextProcessing:
         except Exception as error:  # tokenizers raises plain Exception only
             raise ModelError(f"{TOKENIZER_FILE} cannot be read by tokenizers: {error}") from error
         tokenizer.enable_truncation(self.max_length)
-        tokenizer.enable_padding(pad_id=self.pad_id, pad_token=self.pad_token)
+        length = self.max_length if self.fixed else None
+        tokenizer.enable_padding(pad_id=self.pad_id, pad_token=self.pad_token, length=length)
         return tokenizer
 
     def arrays(self, contents: Sequence[Content]) -> dict[str, np.ndarray]:
@@ -126,6 +132,7 @@ class TextProcessing:
             "pad_token": self.pad_token,
             "pairs": self.pairs,
             "types": self.types,
+            "fixed": self.fixed,
         }
 
     @classmethod
@@ -136,7 +143,8 @@ class TextProcessing:
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{folder / TOKENIZER_FILE} cannot be read: {error}") from error
         limit, pad = int(value["max_length"]), int(value["pad_id"])
-        return cls(text, limit, pad, str(value["pad_token"]), bool(value.get("pairs")), bool(value.get("types")))
+        pairs, types, fixed = (bool(value.get(name)) for name in ("pairs", "types", "fixed"))
+        return cls(text, limit, pad, str(value["pad_token"]), pairs, types, fixed)
 
 
 def tokenizer_json_of(text: str) -> str:

@@ -238,7 +238,10 @@ class FinetuneConfig(StageConfig):
         "of the way to 1 where that is less (0.01 = 1 point).",
     )
     max_drop_from_probe: float = Field(
-        default=0.01, ge=0, description="Gate: training may end this much below the linear probe (0.01 = 1 point)."
+        default=0.01,
+        ge=0,
+        description="Gate: training may end this much below the linear probe, or a head that it started from (0.01 = "
+        "1 point).",
     )
 
     @field_validator("from_run")

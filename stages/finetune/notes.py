@@ -43,6 +43,8 @@ def result_of(measured: dict[str, Any]) -> str:
     line = f"{measured['strategy']}: validation {measured['metric']} {measured['validation_metric']:.4f}"
     if measured["probe_validation_metric"] is not None:
         line += f" (probe {measured['probe_validation_metric']:.4f}"
+        if given := measured["given_head"]:
+            line += f", {given['kind']} {given['validation_metric']:.4f}"
         line += f", {measured['constant']} {measured['constant_baseline']:.4f})"
     return f"{line}; {share:.1%} of {measured['total_parameters']:,} parameters trained"
 

@@ -6,7 +6,7 @@ import copy
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from models.errors import ModelError
 from models.tasks import task_of
@@ -38,9 +38,21 @@ CONVOLUTIONAL = 0.5
 
 
 @dataclass(frozen=True)
+class GivenHead:
+    """A head that no training made: a dual encoder's own (`zero-shot`), or one from the names of the labels by a map
+    that was fitted (`label names`). `scores` and `loss` on validation; `starts`: whether it is kept at the start, where
+    the probe would be put in."""
+
+    kind: Literal["zero-shot", "label names"]
+    scores: np.ndarray
+    loss: float
+    starts: bool
+
+
+@dataclass(frozen=True)
 class FrozenResult:
     """What the frozen backbone gives: the linear probe, and what it and k nearest neighbours (where they have a vote)
-    reach on validation.
+    reach on validation; `given` where the network brings a head.
 
     `features`: float32 (examples, features) and `targets` (as the task makes them), by split. `scores`: float64
     (validation examples,), how good the probe's answers are.
@@ -53,6 +65,12 @@ class FrozenResult:
     loss: float
     knn_metric: float | None
     seconds: float
+    given: GivenHead | None = None
+
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the network's own head is the start."""
+        return self.given is not None and self.given.starts
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,8 @@ class Setup:
     context: StageContext
     config: FinetuneConfig
     frozen: FrozenResult | None = None
+    own_head: bool = False
+    """Whether the head of `model` is not random but the backbone's own."""
 
     @property
     def task(self) -> Task:
@@ -83,7 +103,7 @@ class Setup:
         from stages.features.probe import put_into_head
 
         network = copy.deepcopy(self.model)
-        if self.frozen is not None and self.config.head_from_probe(strategy):
+        if self.frozen is not None and not self.frozen.keeps_head and self.config.head_from_probe(strategy):
             put_into_head(network, self.frozen.probe)
         return network
 
@@ -132,7 +152,8 @@ class Setup:
     def holds_batchnorm(self, strategy: Strategy) -> bool:
         """Whether batch norm keeps the pretrained statistics: those that a probe was fitted under, or that an adapter
         does not carry."""
-        return strategy == "lora" or self.config.head_from_probe(strategy)
+        kept = self.frozen is not None and self.frozen.keeps_head
+        return strategy == "lora" or kept or self.config.head_from_probe(strategy)
 
     def rates(self, strategy: Strategy) -> Rates:
         """The learning rates of each layer: the user's, or the defaults of the strategy and the kind of backbone."""
@@ -170,7 +191,8 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     model = new_classifier(loaded, spec.io.width)
     if config.from_run:
         start_from(model, spec, config.from_run)
-    return Setup(model, spec, loaded.processing, context, config)
+    own_head = loaded.head is not None and not config.from_scratch
+    return Setup(model, spec, loaded.processing, context, config, own_head=own_head)
 
 
 def start_from(model: Classifier, spec: ModelSpec, run: str) -> None:
@@ -225,8 +247,53 @@ def with_frozen_result(setup: Setup) -> Setup:
         "%-10s linear probe: validation %s %.4f%s", "", task.metric, scores.mean(),
         "" if knn is None else f" ({NEIGHBOURS} nearest neighbours {knn:.4f})",
     )  # fmt: skip
+    given = judge_own_head(setup, features, targets, probe.cv_metric) if setup.own_head else None
     seconds = time.monotonic() - started
-    return replace(setup, frozen=FrozenResult(features, targets, probe, scores, loss, knn, seconds))
+    return replace(setup, frozen=FrozenResult(features, targets, probe, scores, loss, knn, seconds, given))
+
+
+def judge_own_head(
+    setup: Setup, features: dict[SplitName, np.ndarray], targets: dict[SplitName, np.ndarray], probe: float | None
+) -> GivenHead:
+    """What the backbone's own head reaches on the features, with no training at all. It is kept where on the folds of
+    the training data it is as good as a probe, whose metric there is `probe`; the validation split has no part in it.
+    """
+    import numpy as np
+
+    from stages.features.probe import CV_EXAMPLES, FOLDS
+
+    task = setup.task
+    outputs = {name: outputs_of_head(setup.model, features[name]) for name in NAMES}
+    folds = [held_out for _, held_out in task.folds(targets["train"][:CV_EXAMPLES], FOLDS)]
+    found = [float(task.scores(outputs["train"][one], targets["train"][one]).mean()) for one in folds]
+    own = float(np.average(found, weights=[len(one) for one in folds])) if folds else 0.0
+    scores = task.scores(outputs["validation"], targets["validation"])
+    starts = setup.config.initial_head != "probe" and (probe is None or own >= probe)
+    setup.context.log.info(
+        "%-10s zero-shot: validation %s %.4f; on folds of the training data %.4f, the linear probe %s: starts from %s",
+        "", task.metric, scores.mean(), own, "nothing" if probe is None else f"{probe:.4f}",
+        "its own head" if starts else "the probe",
+    )  # fmt: skip
+    return GivenHead("zero-shot", scores, loss_of_head(setup, outputs["validation"], targets["validation"]), starts)
+
+
+def outputs_of_head(model: Classifier, features: np.ndarray) -> np.ndarray:
+    """float32 (examples, outputs) of the network's head."""
+    import torch
+
+    with torch.inference_mode():
+        outputs: np.ndarray = model.task_head(torch.from_numpy(features)).numpy()
+    return outputs
+
+
+def loss_of_head(setup: Setup, outputs: np.ndarray, targets: np.ndarray) -> float:
+    """The mean loss of such outputs."""
+    import torch
+
+    from models.classifier import for_loss
+
+    with torch.inference_mode():
+        return float(setup.task.loss(for_loss(setup.model, torch.from_numpy(outputs)), torch.from_numpy(targets)))
 
 
 def seed_everything(context: StageContext, config: FinetuneConfig) -> None:

@@ -22,7 +22,7 @@ from stages.statistics import gain_of
 
 if TYPE_CHECKING:
     from stages.finetune.ladder import Rung
-    from stages.finetune.setup import Setup
+    from stages.finetune.setup import FrozenResult, Setup
     from stages.finetune.strategies import Attempt
 
 
@@ -106,6 +106,7 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "constant_baseline": float(task.scores(constant.repeat(len(targets), axis=0), targets).mean()),
         "constant": task.constant,
         "probe_validation_metric": float(frozen.scores.mean()) if frozen else None,
+        "given_head": given_head_of(frozen),
         "knn_validation_metric": frozen.knn_metric if frozen else None,
         "probe_regularization": frozen.probe.regularization if frozen else None,
         "probe_regularizations": frozen.probe.table if frozen else [],
@@ -129,6 +130,19 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "samples": {name: len(data[name]) for name in Finetune.splits},
         "truncated": setup.processing.count_truncated([one.content for one in data["train"]]),
         "history": attempt.history,
+    }
+
+
+def given_head_of(frozen: FrozenResult | None) -> dict[str, Any] | None:
+    """What the head that no training made reaches, and its gain over the probe, as plain values."""
+    if frozen is None or frozen.given is None:
+        return None
+    given = frozen.given
+    return {
+        "kind": given.kind,
+        "validation_metric": float(given.scores.mean()),
+        "starts": given.starts,
+        "gain_over_probe": dataclasses.asdict(gain_of(given.scores, frozen.scores, 0.95)),
     }
 
 
@@ -161,6 +175,13 @@ def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult,
         gates.append(
             Gate("not below its linear probe", "at least", floor, metric).check(
                 "network", found, samples, f"the probe gives {probe:.3f}"
+            )
+        )
+    if trained and (given := measured["given_head"]) and given["starts"]:
+        floor = given["validation_metric"] - config.max_drop_from_probe
+        gates.append(
+            Gate("not below where it started", "at least", floor, metric).check(
+                "network", found, samples, f"{given['kind']} gives {given['validation_metric']:.3f}"
             )
         )
     return tuple(gates)

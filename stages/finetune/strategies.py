@@ -69,10 +69,14 @@ def make_attempt(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
 
 
 def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
-    """The frozen backbone with the linear probe as its head."""
-    assert setup.frozen is not None
+    """The frozen backbone with the linear probe as its head, or with the head that it brings."""
+    frozen = setup.frozen
+    assert frozen is not None
     network = setup.start(strategy)
-    return Attempt(strategy, network, setup.frozen.scores, setup.frozen.seconds, count(network.task_head))
+    scores, learnt = frozen.scores, count(network.task_head)
+    if frozen.given is not None and frozen.given.starts:
+        scores, learnt = frozen.given.scores, 0 if frozen.given.kind == "zero-shot" else learnt
+    return Attempt(strategy, network, scores, frozen.seconds, learnt)
 
 
 def train_all(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:

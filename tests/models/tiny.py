@@ -65,6 +65,22 @@ AST = {
 }  # fmt: skip
 AUDIO_RATE = 8_000
 """Of the made-up recordings: not that of the backbones, so that they are resampled everywhere."""
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+WORDS_OF_TOWER = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+PIXELS_OF_TOWER = {"image_size": 32, "patch_size": 8}
+DUAL: dict[str, dict[str, Any]] = {
+    "clip": {
+        "text_config": {**TOWER, **WORDS_OF_TOWER, "max_position_embeddings": 24},
+        "vision_config": {**TOWER, **PIXELS_OF_TOWER},
+        "projection_dim": 12,
+    },
+    "siglip": {
+        "text_config": {**TOWER, **WORDS_OF_TOWER, "max_position_embeddings": 12, "projection_size": 16},
+        "vision_config": {**TOWER, **PIXELS_OF_TOWER},
+    },
+    "vision-text-dual-encoder": {"text_config": BERT, "vision_config": VIT, "projection_dim": 12},
+}
+"""Kinds with both towers."""
 TIMM = {
     "library": "timm", "name": "test_efficientnet", "arguments": {}, "mean": [0.5] * 3, "std": [0.5] * 3,
 }  # fmt: skip
@@ -94,6 +110,29 @@ def hf_text_folder(folder: Path, dtype: torch.dtype = torch.float32, config: dic
     source.write_text(tokenizer_json(), encoding="utf-8")
     PreTrainedTokenizerFast(tokenizer_file=str(source), pad_token="[PAD]").save_pretrained(folder)
     source.unlink()
+    return folder
+
+
+def hf_dual_folder(folder: Path, kind: str = "clip") -> Path:
+    """A Hugging Face folder of a tiny dual encoder of `DUAL`, its logits with a scale and an offset of their own."""
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    network = AutoModel.from_config(AutoConfig.for_model(kind, **DUAL[kind]))
+    with torch.no_grad():
+        for weight in network.parameters():  # transformers' own are so small that all texts are alike
+            weight.normal_(0, 0.3)
+        network.logit_scale.fill_(3.0)
+        if hasattr(network, "logit_bias"):
+            network.logit_bias.fill_(-2.0)
+    network.save_pretrained(folder)
+    source = folder / "source.json"
+    source.write_text(tokenizer_json(), encoding="utf-8")
+    PreTrainedTokenizerFast(tokenizer_file=str(source), pad_token="[PAD]").save_pretrained(folder)
+    source.unlink()
+    declared = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 32}
+    declared |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_center_crop": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(declared), encoding="utf-8")
     return folder
 
 
