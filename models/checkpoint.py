@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     spec = load_spec(folder)
     if spec.io.outputs != task_of(spec.task).outputs(spec.labels, int(spec.io.outputs[0].dims[1])):
         raise ModelError(f"{folder / SPEC} does not fit itself: {len(spec.labels)} labels, outputs {spec.io.outputs}")
-    head = make_head(spec.architecture, spec.feature_dim, spec.io.width)
+    head = make_head(spec.architecture, spec.feature_dim, spec.io.width, task_of(spec.task).embeds)
     model = Classifier(build_backbone(spec.architecture), head)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)

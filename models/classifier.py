@@ -1,4 +1,4 @@
-"""The adapted network: a backbone that gives features, and a head: one linear layer, or a projection for each half."""
+"""The adapted network: a backbone that gives features, and a head: one linear layer, or projections to embeddings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
 LARGEST_SCALE = 100.0
 """Of the cosines in a contrastive loss, so that training stays stable (Radford et al. 2021, CLIP)."""
+
+
+class UnitHead(nn.Module):
+    """An embedding of length 1 of the features: float32 (batch, embedding)."""
+
+    def __init__(self, features: int, embedding: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(features, embedding)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 (batch, embedding)."""
+        return nn.functional.normalize(self.projection(features), dim=1)
 
 
 class PairHead(nn.Module):
@@ -49,7 +61,7 @@ class Classifier(nn.Module):
     """`backbone(*inputs)` → features; `task_head(features)` → logits, or embeddings side by side. Inputs come in the
     order of the I/O spec."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear | PairHead) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Linear | UnitHead | PairHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.task_head = head
@@ -65,10 +77,10 @@ class Classifier(nn.Module):
         return logits
 
 
-def new_classifier(loaded: LoadedBackbone, outputs: int) -> Classifier:
+def new_classifier(loaded: LoadedBackbone, outputs: int, embeds: int = 0) -> Classifier:
     """A loaded backbone with a new head of so many `outputs`: small random weights, zero bias; or with the projections
-    that the backbone brings."""
-    head = make_head(loaded.architecture, loaded.feature_dim, outputs)
+    that the backbone brings. `embeds`: how many embeddings the outputs are (see `Task.embeds`)."""
+    head = make_head(loaded.architecture, loaded.feature_dim, outputs, embeds)
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.01)
@@ -78,10 +90,12 @@ def new_classifier(loaded: LoadedBackbone, outputs: int) -> Classifier:
     return Classifier(loaded.module, head)
 
 
-def make_head(architecture: dict[str, Any], features: int, outputs: int) -> nn.Linear | PairHead:
-    """The head of a backbone of this architecture, with random weights."""
+def make_head(
+    architecture: dict[str, Any], features: int, outputs: int, embeds: int = 0
+) -> nn.Linear | UnitHead | PairHead:
+    """The head of a backbone of this architecture, with random weights. `embeds` as in `new_classifier`."""
     if architecture["library"] != "dual":
-        return nn.Linear(features, outputs)
+        return UnitHead(features, outputs) if embeds else nn.Linear(features, outputs)
     from models.tasks.retrieval import TEMPERATURE
 
     image, text = architecture["widths"]
@@ -92,7 +106,10 @@ def set_head(model: Classifier, weight: torch.Tensor, bias: torch.Tensor) -> Non
     """Make the head the linear map `weight` (outputs, features), `bias` (outputs,) of the features: of a pair the
     blocks of it that take a half to its embedding."""
     head = model.task_head
-    parts = [head.image, head.text] if isinstance(head, PairHead) else [head]
+    if isinstance(head, PairHead):
+        parts = [head.image, head.text]
+    else:
+        parts = [head.projection if isinstance(head, UnitHead) else head]
     rows, columns = weight.shape[0] // len(parts), weight.shape[1] // len(parts)
     with torch.no_grad():
         for index, part in enumerate(parts):
@@ -109,7 +126,9 @@ def for_loss(network: Any, outputs: torch.Tensor) -> torch.Tensor:
 
 def make_spec(task: TaskName, backbone: BackboneSpec, loaded: LoadedBackbone, labels: tuple[str, ...]) -> ModelSpec:
     """The specification that is stored beside the weights (`processing` is filled in when it is saved)."""
-    width = None if loaded.head is None else len(loaded.head["image.weight"])
+    width: int | None = loaded.feature_dim
+    if loaded.architecture["library"] == "dual":
+        width = None if loaded.head is None else len(loaded.head["image.weight"])
     io = IOSpec(loaded.processing.inputs, task_of(task).outputs(labels, width))
     # A folder's path belongs to this machine, not to the artifact.
     backbone = replace(backbone, folder=None, parts=tuple(replace(part, folder=None) for part in backbone.parts))

@@ -18,6 +18,7 @@ TaskName = Literal[
     "text-classification", "text-multilabel", "text-regression",
     "audio-classification", "audio-multilabel", "audio-regression",
     "image-text",
+    "image-features", "text-features", "audio-features",
 ]  # fmt: skip
 """What a network does; `models/tasks` has a row for each."""
 

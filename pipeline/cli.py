@@ -254,6 +254,14 @@ def predict(
         list[str] | None,
         typer.Option(help="image-text: a text to compare each image with (repeatable); the nearest is the answer."),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Of tasks that give an embedding: write them there, float32 (inputs, width), as .npy.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     json_: JsonOption = False,
 ) -> None:
@@ -262,6 +270,9 @@ def predict(
 
     with open_bundle(bundle) as opened:
         words = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else inputs
+        if output and opened.kind.embeds != 1:
+            problem = f"takes embeddings, one an input, and this bundle's task is {opened.task}"
+            raise ConfigError([Problem("--output", problem, "leave it out, or take a bundle of feature-extraction")])
         if text:
             if opened.task != "image-text":
                 problem = f"compares texts with images, and this bundle's task is {opened.task}"
@@ -270,6 +281,9 @@ def predict(
             return
         contents = [opened.processing.from_argument(word) for word in words]
         answers = opened.predict(contents, threads=threads)
+        if opened.kind.embeds == 1:
+            print_embeddings(words, [one.embedding for one in answers], output, json_)
+            return
         if json_:
             rows = [
                 {"input": item, "label": one.label, "score": one.score, "probabilities": one.probabilities}
@@ -279,6 +293,25 @@ def predict(
             return
         for item, one in zip(words, answers, strict=True):
             echo(f"{one.label}\t{one.score:.4f}\t{item}")
+
+
+def print_embeddings(inputs: list[str], vectors: list[tuple[float, ...]], output: Path | None, as_json: bool) -> None:
+    """The vector of each input: into the file, as JSON, or as numbers with a space between and the input behind."""
+    import numpy as np
+
+    if output:
+        try:
+            with output.open("wb") as stream:
+                np.save(stream, np.array(vectors, np.float32), allow_pickle=False)
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror or error}"
+            raise ConfigError([Problem(f"--output {output}", problem, "name another file")]) from error
+    elif not as_json:
+        for item, vector in zip(inputs, vectors, strict=True):
+            echo(f"{' '.join(f'{value:.6g}' for value in vector)}\t{item}")
+    if as_json:
+        rows = [{"input": item, "embedding": vector} for item, vector in zip(inputs, vectors, strict=True)]
+        print_json(rows)
 
 
 def print_nearest(images: list[str], texts: list[str], near: Any, as_json: bool) -> None:

@@ -15,14 +15,15 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from models.errors import ConfigError, Problem
+from models.errors import ConfigError, DataError, Problem
 from models.registry import check_task, resolve
 from models.spec import BackboneSpec, TaskName
-from models.tasks import MODALITY_OF_TASK, task_of
+from models.tasks import FEATURES, MODALITY_OF_TASK, task_of
 from stages import section_of
 from stages.base import StageConfig
 from stages.data.config import DataConfig
-from stages.data.sources import check_source
+from stages.data.sources import check_source, modality_of
+from stages.data.sources.base import PLURALS
 from stages.export import ExportConfig
 from stages.finetune import FinetuneConfig
 from stages.merge_lora import MergeLoraConfig
@@ -32,11 +33,18 @@ from stages.validate import ValidateConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
+ANY_FEATURES = "feature-extraction"
+"""A task that is one of three, by what the examples are."""
+
 
 class PipelineConfig(StageConfig):
     """The whole of `pipeline.yaml`. The smallest file names a task, a backbone and data."""
 
-    task: TaskName = Field(description="What the adapted network does.")
+    task: TaskName = Field(
+        description="What the adapted network does. feature-extraction stands for image-, text- or audio-features, by "
+        "what the examples are.",
+        json_schema_extra={"enum": [*get_args(TaskName), ANY_FEATURES]},
+    )
     backbone: str = Field(
         description="timm:<name>, hf:<org>/<repo>@<revision>, or a local folder with a checkpoint in safetensors."
     )
@@ -96,11 +104,14 @@ def make_config(
             lines[(*sections, key)] = f"--set {setting}"
             for length in range(1, len(sections) + 1):
                 lines.setdefault(tuple(sections[:length]), f"--set {setting}")
+    with collected(problems, lines, file, "task"):
+        values = with_task(values)
     config: PipelineConfig | None = None
     try:
         config = PipelineConfig.model_validate(values)
     except ValidationError as error:
-        problems += problems_from_validation(error, lines, str(file))
+        known = {problem.place for problem in problems}
+        problems += [one for one in problems_from_validation(error, lines, str(file)) if one.place not in known]
     spec: BackboneSpec | None = None
     if isinstance(values.get("backbone"), str):
         with collected(problems, lines, file, "backbone"):
@@ -108,13 +119,42 @@ def make_config(
             if config is not None:
                 check_task(spec, config.task)
                 check_launch(config)
-    data, modality = values.get("data"), MODALITY_OF_TASK.get(str(values.get("task")))
+    data, task = values.get("data"), str(values.get("task"))
+    # Where feature-extraction could not be told, any modality says whether there is a source at all.
+    modality = MODALITY_OF_TASK.get(FEATURES["image"] if task == ANY_FEATURES else task)
     if modality and isinstance(data, dict) and isinstance(data.get("source"), str):
         with collected(problems, lines, file, "data", "source"):
             check_source(data["source"], modality)
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec
+
+
+def with_task(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the task that `feature-extraction` stands for: by the one column of contents that the data
+    section names, by a look at the data, or by the backbone.
+
+    Raises:
+        ConfigError: none of them says what the examples are, or there is no such task.
+    """
+    data = values.get("data")
+    if values.get("task") != ANY_FEATURES or not isinstance(data, dict):
+        return values
+    keys = {modality: f"{modality}_column" for modality in FEATURES}
+    named = [modality for modality, key in keys.items() if key in data]
+    columns = {modality: str(data.get(key, DataConfig.model_fields[key].default)) for modality, key in keys.items()}
+    modality, found = None, "neither data nor backbone say what the examples are"
+    try:
+        modality = named[0] if len(named) == 1 else modality_of(str(data.get("source")), columns)
+    except DataError as error:
+        found = str(error)
+    if modality is None and str(values.get("backbone")).startswith("timm:"):
+        modality = "image"
+    if modality not in FEATURES:
+        found = f"data.source holds {PLURALS[modality]}" if modality else found
+        hint = f"write one of {', '.join(FEATURES.values())}"
+        raise ConfigError([Problem("task", f"{ANY_FEATURES} is one of three tasks: {found}", hint)])
+    return {**values, "task": FEATURES[modality]}
 
 
 def check_launch(config: PipelineConfig) -> None:

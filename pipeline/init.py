@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 from models.errors import ConfigError, Problem
 from models.registry import resolve
 from models.tasks import MODALITY_OF_TASK
-from pipeline.config import PipelineConfig, fields_by_key, is_model, problems_from_validation
+from pipeline.config import PipelineConfig, fields_by_key, is_model, problems_from_validation, with_task
 from stages.data.sources import check_source
 
 
@@ -30,7 +30,11 @@ def write_config(output: Path, task: str, backbone: str, data: str, force: bool)
     if output.exists() and not force:
         problems.append(Problem(str(output), "exists", "give --force to overwrite it, or --output another file"))
     try:
-        PipelineConfig.model_validate({"task": task, "backbone": backbone, "data": {"source": data}})
+        values = with_task({"task": task, "backbone": backbone, "data": {"source": data}})
+        task = values["task"]
+        PipelineConfig.model_validate(values)
+    except ConfigError as error:
+        problems += [Problem("--task", item.message, item.hint) for item in error.problems]
     except ValidationError as error:
         problems += problems_from_validation(error, {}, "--")
     for option, look in (

@@ -276,6 +276,7 @@ def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: 
 
     import torch
 
+    output_names = [tensor.name for tensor in io.outputs]
     axes: dict[str, Any] = {}
     for tensor in io.inputs:
         for axis in tensor.dynamic_axes.values():
@@ -287,7 +288,7 @@ def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: 
             named_outputs(model, io),
             tuple(torch.from_numpy(example[tensor.name]) for tensor in io.inputs),
             input_names=[tensor.name for tensor in io.inputs],
-            output_names=[tensor.name for tensor in io.outputs],
+            output_names=output_names,
             dynamic_shapes=(dynamic,),
             opset_version=opset,
             dynamo=True,
@@ -295,6 +296,7 @@ def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: 
         )
     assert program is not None
     register_lost_constants(program.model.graph)
+    free_names(program.model.graph, output_names)
     return clean_graph(program.model_proto, io)
 
 
@@ -310,6 +312,17 @@ def register_lost_constants(graph: Any) -> None:
             nowhere = value is not None and value.producer() is None and not value.is_initializer()
             if nowhere and value not in given and value.const_value is not None:
                 graph.register_initializer(value)
+
+
+def free_names(graph: Any, names: Sequence[str]) -> None:
+    """Rename what has the name of an output of an onnx-ir graph and is none.
+
+    The exporter names values by their operator, also aten's embedding, and does not look whether the name is taken.
+    """
+    for node in graph:
+        for value in node.outputs:
+            if value.name in names and not value.is_graph_output():
+                value.name = f"inner_{value.name}"
 
 
 def named_outputs(model: Any, io: IOSpec) -> Any:

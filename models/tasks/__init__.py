@@ -30,13 +30,15 @@ Label = str | float | tuple[str, ...]
 class Answer:
     """What a network says of one content. `probabilities` (0 to 1) by label, where the task has them.
 
-    `label` is the best label, the labels joined with a comma, or a number in words; `score` is its probability, the
-    lowest of those chosen, or the number itself.
+    `label` is the best label, the labels joined with a comma, a number in words, or empty for an embedding; `score` is
+    its probability, the lowest of those chosen, the number itself, or the embedding's length. `embedding`: float32
+    values.
     """
 
     label: str
     score: float
     probabilities: dict[str, float]
+    embedding: tuple[float, ...] = ()
 
 
 class Task(Protocol):
@@ -53,8 +55,9 @@ class Task(Protocol):
     """With fewer labels there is nothing to learn."""
     reading: ClassVar[str]
     """How to read the outputs, for the card of a bundle; the labels follow in a list."""
-    embeds: ClassVar[bool]
-    """Whether the outputs are embeddings: directions, which mean nothing alone and have no neighbours to vote."""
+    embeds: ClassVar[int]
+    """How many embeddings the outputs are, side by side: directions, which mean nothing alone and have no neighbours to
+    vote. 0 where they are something else."""
 
     def read(self, value: Any) -> Label:
         """The label in a cell of a table or the name of a folder.
@@ -77,7 +80,8 @@ class Task(Protocol):
         ...
 
     def outputs(self, labels: tuple[str, ...], width: int | None) -> tuple[TensorSpec, ...]:
-        """The network's outputs. `width`: of the embeddings that the backbone brings projections for, if it does."""
+        """The network's outputs. `width`: of the backbone's features; of a dual encoder that of the embeddings that it
+        brings projections for, if it does."""
         ...
 
     def targets(self, targets: Sequence[Target], outputs: int) -> np.ndarray:
@@ -143,6 +147,7 @@ SINGLE_LABEL = "models.tasks.single_label:SingleLabel"
 MULTI_LABEL = "models.tasks.multi_label:MultiLabel"
 REGRESSION = "models.tasks.regression:Regression"
 RETRIEVAL = "models.tasks.retrieval:Retrieval"
+EMBEDDING = "models.tasks.embedding:Embedding"
 
 TASKS: dict[TaskName, Row] = {
     "image-classification": Row("image", SINGLE_LABEL),
@@ -155,7 +160,13 @@ TASKS: dict[TaskName, Row] = {
     "audio-multilabel": Row("audio", MULTI_LABEL),
     "audio-regression": Row("audio", REGRESSION),
     "image-text": Row("image-text", RETRIEVAL),
+    "image-features": Row("image", EMBEDDING),
+    "text-features": Row("text", EMBEDDING),
+    "audio-features": Row("audio", EMBEDDING),
 }
+
+FEATURES: dict[str, TaskName] = {row.modality: name for name, row in TASKS.items() if row.kind == EMBEDDING}
+"""Modality → the task that embeds it: what `feature-extraction` in a configuration stands for."""
 
 MODALITY_OF_TASK: dict[str, str] = {name: row.modality for name, row in TASKS.items()}
 

@@ -31,7 +31,7 @@ class MultiLabel:
     reading: ClassVar[str] = (
         "The logistic function gives the probability of each of these labels; above one half it holds."
     )
-    embeds: ClassVar[bool] = False
+    embeds: ClassVar[int] = 0
 
     def read(self, value: Any) -> Label:
         """The labels of a list, or of a text with ";" between them; none is a label set too. Raises `DataError`."""

@@ -30,7 +30,7 @@ class Regression:
     constant: ClassVar[str] = "mean of the training numbers"
     fewest_labels: ClassVar[int] = 1
     reading: ClassVar[str] = "The number itself, in the unit of the training data."
-    embeds: ClassVar[bool] = False
+    embeds: ClassVar[int] = 0
 
     def read(self, value: Any) -> Label:
         """A finite number. Raises `DataError`."""

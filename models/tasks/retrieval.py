@@ -39,7 +39,7 @@ class Retrieval:
         "Both have length 1: their dot product says how well an image and a text fit, which is of use only beside that "
         "of other images or texts."
     )
-    embeds: ClassVar[bool] = True
+    embeds: ClassVar[int] = 2
 
     def read(self, value: Any) -> Label:
         """The text. Raises `DataError` for none."""

@@ -27,7 +27,7 @@ class SingleLabel:
         "Softmax gives the probabilities of these classes. It knows no others: an input that belongs to none of them "
         "gets one all the same."
     )
-    embeds: ClassVar[bool] = False
+    embeds: ClassVar[int] = 0
 
     def read(self, value: Any) -> Label:
         """The name of a class. Raises `DataError` for nothing, and for several."""

@@ -188,7 +188,7 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
         backbone, context.task, config.image_size, config.max_length, not config.from_scratch, config.max_seconds, pairs
     )
     spec = make_spec(context.task, backbone, loaded, context.data.labels)
-    model = new_classifier(loaded, spec.io.width)
+    model = new_classifier(loaded, spec.io.width, task_of(context.task).embeds)
     if config.from_run:
         start_from(model, spec, config.from_run)
     own_head = loaded.head is not None and not config.from_scratch

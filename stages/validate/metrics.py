@@ -150,7 +150,7 @@ def errors(found: np.ndarray, wanted: np.ndarray, task: Task) -> dict[str, Any]:
         "mean_abs_error": float(error.mean()),
         "p999_abs_error": float(np.quantile(error, 0.999)),
         "relative_error": float(error.max()) / scale if scale else None,
-        "cosine": smallest_cosine(found, wanted, 2 if task.embeds else 1),
+        "cosine": smallest_cosine(found, wanted, task.embeds or 1),
         "sqnr_db": sqnr_db if signal else None,
         "kl": mean_divergence(found, wanted) if isinstance(task, SingleLabel) else None,
         "error_histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},

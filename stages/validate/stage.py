@@ -19,6 +19,7 @@ from pydantic import Field
 
 from models.errors import IntegrityError
 from models.tasks import task_of
+from models.tasks.single_label import SingleLabel
 from stages.artifact import sha256_of_file, write_json
 from stages.base import (
     NETWORK_PACKAGES,
@@ -174,7 +175,7 @@ class Validate:
         enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
         gates = [enough.check("test split", float(evidence["samples"]))]
         for entry in evidence["candidates"]:
-            embeds = task_of(checkpoint.spec.task).embeds
+            embeds = bool(task_of(checkpoint.spec.task).embeds)
             results = check(entry, config.gates, evidence["samples"], evidence["metric_name"], embeds)
             entry["passed"] = all(result.passed for result in results)
             entry["over_limits"] = over_limits(entry, config.gates)
@@ -388,7 +389,7 @@ def confusion(
     from stages.validate.metrics import confusion_of
 
     values, targets = outputs[chosen].values if chosen else None, targets_of(context, checkpoint)
-    if values is None or not all(isinstance(one.label, int) for one in context.data["test"]):
+    if values is None or not isinstance(task_of(checkpoint.spec.task), SingleLabel):
         return []
     return confusion_of(values, targets, len(context.data.labels))
 

@@ -182,3 +182,86 @@ def test_both_parts_of_a_dual_backbone_are_looked_for_beside_the_file(tmp_path: 
     values = {"backbone": "timm:resnet18+text"}
     find_beside(tmp_path / "pipeline.yaml", values)
     assert values["backbone"] == f"timm:resnet18+{tmp_path / 'text'}"
+
+
+FEATURES = "task: feature-extraction\nbackbone: {}\ndata:\n  source: {}\n"
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    """Empty files in a folder by label."""
+    for name in names:
+        path = folder / "data/a" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder / "data"
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [
+        ("demo:fashion-mnist", "image-features"), ("demo:wordnet-topics", "text-features"),
+        ("demo:asterisk-prompts", "audio-features"), (("b.txt", "c.md"), "text-features"),
+        (("b.JPG", "c.md"), "image-features"), (("b.flac",), "audio-features"),
+    ],
+)  # fmt: skip
+def test_feature_extraction_is_the_task_that_the_data_are_for(
+    data: str | tuple[str, ...], task: str, tmp_path: Path
+) -> None:
+    source = data if isinstance(data, str) else folder_of(tmp_path, *data)
+    backbone = "timm:resnet18" if task == "image-features" else "hf:sentence-transformers/all-MiniLM-L6-v2"
+    assert load_config(write(tmp_path, FEATURES.format(backbone, source)))[0].task == task
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "more", "task"),
+    [
+        ("a.csv", "text,label\nx,y\n", "", "text-features"), ("a.csv", "audio,label\nx,y\n", "", "audio-features"),
+        ("a.jsonl", '\n{"words": "x", "label": "y"}\n{"', "  text_column: words\n", "text-features"),
+        ("a.csv", "image,text,label\nx,y,z\n", "  image_column: image\n", "image-features"),
+        ("a.parquet", "", "", "audio-features"),
+    ],
+)  # fmt: skip
+def test_of_a_table_the_columns_say_it(file: str, content: str, more: str, task: str, tmp_path: Path) -> None:
+    if file == "a.parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"audio": ["x"], "label": ["y"]}), tmp_path / file)
+    else:
+        (tmp_path / file).write_text(content)
+    backbone = "timm:resnet18" if task == "image-features" else "hf:openai/whisper-tiny.en"
+    assert load_config(write(tmp_path, FEATURES.format(backbone, file) + more))[0].task == task
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("demo:emoji", "data.source holds images with their texts"), ("hf:some/set", "neither data nor backbone say"),
+        ("a.csv", "neither data nor backbone say"), ("data", "neither data nor backbone say"),
+        ("a.parquet", "cannot be read as Parquet"),
+    ],
+)  # fmt: skip
+def test_where_it_cannot_be_told_the_task_is_asked_for(source: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,image,label\nx,y,z\n")
+    (tmp_path / "a.parquet").write_text("none")
+    folder_of(tmp_path, "a.txt", "b.png")
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, FEATURES.format("hf:openai/whisper-tiny.en", source) + "sead: 1\n"))
+    task, *others = [str(problem) for problem in caught.value.problems if "data.source" not in problem.place]
+    assert ":1 task: feature-extraction is one of three tasks" in task and said in task and "text-features" in task
+    assert len(others) == 1 and "did you mean 'seed'" in others[0]
+
+
+def test_a_backbone_of_timm_takes_images(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, FEATURES.format("timm:resnet18", "hf:some/set")))[0].task == "image-features"
+    with pytest.raises(ConfigError, match="did you mean demo:fashion-mnist"):
+        load_config(write(tmp_path, FEATURES.format("timm:resnet18", "demo:fashion-mnits")))
+
+
+def test_init_writes_which_of_the_three_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    write_config(file, "feature-extraction", "hf:openai/whisper-tiny.en", "demo:asterisk-prompts", force=False)
+    assert load_config(file)[0].task == "audio-features"
+    with pytest.raises(ConfigError, match="--task: feature-extraction is one of three"):
+        write_config(file, "feature-extraction", "hf:openai/whisper-tiny.en", "demo:emoji", force=True)
+    assert "feature-extraction" in PipelineConfig.model_json_schema()["properties"]["task"]["enum"]

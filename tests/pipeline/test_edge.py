@@ -177,6 +177,13 @@ def test_a_line_an_input_for_people(tmp_path: Path) -> None:
     assert all(row[0] in ("a", "b", "c") and 0 < float(row[1]) <= 1 for row in rows)
 
 
+def test_classes_are_no_vectors_to_write(tmp_path: Path) -> None:
+    bundle = str(packed("text-classification") / "bundle")
+    done = on_a_device("predict", bundle, "good bird", "--output", str(tmp_path / "vectors.npy"))
+    assert done.returncode == 2 and "this bundle's task is text-classification" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bundle_that_does_not_verify_ends_with_1_and_a_damaged_one_with_4(tmp_path: Path) -> None:
     import numpy as np
 

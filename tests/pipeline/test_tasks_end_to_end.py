@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config import RECIPES
@@ -25,11 +26,13 @@ SHORT = (
 LONGER = {
     "text-regression": ("data.max_train_samples=1200", "finetune.strategy=feature-extraction"),
     "text-multilabel": ("finetune.strategy=feature-extraction",),
+    "text-features": ("finetune.strategy=feature-extraction",),
 }
 """Recipe → what is set otherwise: few pairs say little of how near two definitions are; one text recipe is trained."""
 
 METRICS = {
-    "text-multilabel": "samples F1", "text-pairs": "accuracy", "text-regression": "R²", "image-multilabel": "samples F1"
+    "text-multilabel": "samples F1", "text-pairs": "accuracy", "text-regression": "R²",
+    "image-multilabel": "samples F1", "text-features": "recall@1",
 }  # fmt: skip
 
 
@@ -66,7 +69,11 @@ def test_the_bundle_answers(finished: tuple[str, Path]) -> None:
     inputs = [argument_of(bundle / sample["file"]) for sample in samples]
     rows: list[dict[str, Any]] = json.loads(pipeline("predict", str(bundle), *inputs, "--json").stdout)
     assert [row["input"] for row in rows] == inputs
-    if name == "text-regression":
+    if name == "text-features":
+        vectors = np.array([row["embedding"] for row in rows])
+        assert vectors.shape == (len(rows), 384)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
+    elif name == "text-regression":
         assert all(abs(row["score"] - float(row["label"])) < 1e-3 and not row["probabilities"] for row in rows)
     else:
         given = [set(row["label"].split(", ")) for row in rows]

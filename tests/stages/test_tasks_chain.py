@@ -17,11 +17,13 @@ from stages.base import StageContext
 from stages.data.splits import DataSplits, SplitName
 from stages.export import Export, ExportConfig
 from stages.finetune import Finetune, FinetuneConfig
+from stages.gate import GateResult
 from stages.merge_lora import MergeLora, MergeLoraConfig
 from stages.package import Package, PackageConfig
 from stages.quantize import Quantize, QuantizeConfig
 from stages.validate import Validate, ValidateConfig
 from tests.models.tiny import WORDS, hf_text_folder
+from tests.pipeline.test_edge import on_a_device
 from tests.stages.small_run import artifact_of, image_folder, make_context, split_of
 
 COUNTS: dict[SplitName, int] = {"train": 48, "validation": 24, "calibration": 8, "test": 24}
@@ -62,6 +64,9 @@ def made_up(task: str) -> DataSplits:
                 word = str(random.choice(WORDS[7:10])) + f" {WORDS[4 + index % 3]}"
                 targets.append(word)
                 contents.append((image_of((WORDS.index(word.split()[0]) - 7,), random), word))
+            elif task == "text-features":
+                targets.append(index % 3)
+                contents.append(text_of((index % 3,), random))
             elif task == "text-regression":
                 targets.append(float(len(many)) - 0.5)
                 contents.append(text_of(many, random))
@@ -78,7 +83,9 @@ def made_up(task: str) -> DataSplits:
 GATES = {"min_samples": 24, "max_metric_drop": 0.5, "min_agreement": 0.5, "min_sqnr_db": 5.0}
 
 
-@pytest.mark.parametrize("task", ["text-multilabel", "image-multilabel", "text-regression", "pairs", "image-text"])
+@pytest.mark.parametrize(
+    "task", ["text-multilabel", "image-multilabel", "text-regression", "pairs", "image-text", "text-features"]
+)
 def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
     data, kind = made_up(task), "image" if task.startswith("image") else "text"
     backbone = None
@@ -87,6 +94,7 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
     name: Any = "text-classification" if task == "pairs" else task
     artifacts: dict[str, Artifact] = {}
     measured: dict[str, dict[str, Any]] = {}
+    gates_of: dict[str, tuple[GateResult, ...]] = {}
 
     def run(stage: Any, config: Any) -> None:
         made: StageContext = replace(
@@ -97,6 +105,7 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
         assert not failed, failed
         artifacts[stage.name] = artifact_of(stage.name, made.output)
         measured[stage.name] = result.measurements
+        gates_of[stage.name] = result.gates
 
     run(Finetune(), FinetuneConfig(strategy="lora", epochs=2, batch_size=8, min_gain_over_majority=0.0,
                                    max_drop_from_probe=2.0))  # fmt: skip
@@ -107,10 +116,12 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
                                                    "min_int8_share": 0.0}))  # fmt: skip
     # The nearest of 24 points flips with little noise, where many of them have the same word.
     # INT8 of a tiny random network turns each of its two embeddings by up to a cosine of .92 (measured).
-    gates = GATES | ({"min_agreement": 0.1, "min_cosine": 0.85} if task == "image-text" else {})
+    gates = GATES | ({"min_agreement": 0.1, "min_cosine": 0.85} if task in ("image-text", "text-features") else {})
     run(Validate(), ValidateConfig.model_validate({"latency_calls": 20, "objective": "accuracy", "gates": gates}))
     run(Package(), PackageConfig(name="tiny"))
-    metric = {"text-regression": "R²", "pairs": "accuracy", "image-text": "recall@1"}.get(task, "samples F1")
+    metric = {
+        "text-regression": "R²", "pairs": "accuracy", "image-text": "recall@1", "text-features": "recall@1"
+    }.get(task, "samples F1")  # fmt: skip
     assert measured["finetune"]["metric"] == measured["validate"]["metric_name"] == metric
     reference = measured["validate"]["reference"]
     fp32 = next(one for one in measured["validate"]["candidates"] if one["precision"] == "fp32")
@@ -135,6 +146,10 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
             assert near.shape == (24, 3) and float(np.abs(near).max()) < 1 + 1e-5
             assert near[5, 2] == pytest.approx(bundle.predict([(images[5], texts[2])])[0].score, abs=1e-3)
             assert bundle.similarities(images[:1], texts)[0] == pytest.approx(near[0], abs=1e-3)
+        if task == "text-features":
+            check_vectors(bundle.folder, [str(one) for one in contents[:4]], outputs[:4], tmp_path)
+            assert not measured["validate"]["confusion"]
+            assert {gate.name for gate in gates_of["validate"]} >= {"cosine", "agreement", "recall@1 drop"}
         if task == "pairs":
             assert [one.name for one in bundle.io.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
             swapped = bundle.predict([(second, first) for first, second in contents])  # type: ignore[misc]
@@ -142,3 +157,23 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
             assert bundle.processing.from_argument("a good\tred bird") == ("a good", "red bird")
     card = (artifacts["package"].folder / "bundle/README.md").read_text(encoding="utf-8")
     assert metric in card and ("Softmax" in card) == (task == "pairs")
+
+
+def check_vectors(bundle: Path, texts: list[str], wanted: np.ndarray, folder: Path) -> None:
+    """`predict` gives the same vectors as numbers, as JSON and as a file, on a device without PyTorch."""
+    printed = on_a_device("predict", str(bundle), *texts)
+    assert printed.returncode == 0, printed.stderr
+    lines = [line.split("\t") for line in printed.stdout.splitlines()]
+    assert [line[1] for line in lines] == texts
+    vectors = np.array([line[0].split() for line in lines], np.float64)
+    # Texts are padded with those of their batch, which moves a little in INT8 and fp16.
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
+    assert float((vectors * wanted).sum(axis=1).min()) > 0.99
+    done = on_a_device("predict", str(bundle), "-", "-o", str(folder / "vectors"), "--json", stdin="\n".join(texts))
+    assert done.returncode == 0, done.stderr
+    rows, written = json.loads(done.stdout), np.load(folder / "vectors", allow_pickle=False)
+    assert (written.dtype, written.shape) == (np.float32, wanted.shape)
+    assert [row["input"] for row in rows] == texts and np.array_equal([row["embedding"] for row in rows], written)
+    np.testing.assert_allclose(written, vectors, atol=1e-5)
+    refused = on_a_device("predict", str(bundle), texts[0], "-o", str(folder))
+    assert refused.returncode == 2 and "cannot be written" in refused.stderr

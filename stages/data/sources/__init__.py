@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from models.errors import ConfigError, DataError, Problem
@@ -10,9 +11,9 @@ from models.tasks import Task
 from stages.data.config import DataConfig
 from stages.data.sources.base import Source, nearest
 from stages.data.sources.from_demo import DEMOS, check_demo, read_demo
-from stages.data.sources.from_folder import read_folder
+from stages.data.sources.from_folder import modality_of_folder, read_folder
 from stages.data.sources.from_hub import read_hub
-from stages.data.sources.from_table import TABLE_SUFFIXES, read_table
+from stages.data.sources.from_table import TABLE_SUFFIXES, columns_of, read_table
 
 
 def read_source(config: DataConfig, modality: str, task: Task) -> Source:
@@ -34,6 +35,29 @@ def read_source(config: DataConfig, modality: str, task: Task) -> Source:
         return read_folder(path, modality, task) if path.is_dir() else read_table(path, config, modality, task)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+
+
+def modality_of(source: str, columns: Mapping[str, str]) -> str | None:
+    """What the examples of a source are, from a look that reads no example and asks no hub: the demo's modality, the
+    endings in a folder, or which of `columns` (modality → name) a table has. None where that says nothing, or several.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    prefix, _, name = source.partition(":")
+    if prefix == "demo":
+        return DEMOS.get(name)
+    path = Path(os.path.expanduser(source))
+    try:
+        if os.path.isdir(path):
+            return modality_of_folder(path)
+        if not os.path.isfile(path) or path.suffix.lower() not in TABLE_SUFFIXES:
+            return None
+        found = columns_of(path)
+    except OSError as error:
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    there = [modality for modality, column in columns.items() if column in found]
+    return there[0] if len(there) == 1 else None
 
 
 def check_source(source: str, modality: str) -> None:

@@ -58,6 +58,13 @@ def read_folder(folder: Path, modality: str, task: Task) -> Source:
     return Source(tuple(rows), tuple(notes))
 
 
+def modality_of_folder(folder: Path) -> str | None:
+    """What the files below a folder are by their endings; None where they are of several modalities, or of none."""
+    suffixes = {path.suffix.lower() for path in files_below(folder)}
+    found = [modality for modality, endings in SUFFIXES.items() if suffixes & set(endings)]
+    return found[0] if len(found) == 1 else None
+
+
 def check_split_folders(folder: Path, inside: list[Path], splits: list[Path]) -> None:
     """Raises `DataError` where it would have to be guessed whether a folder is a split or a label."""
     others = [path.name for path in inside if path not in splits]

@@ -60,6 +60,20 @@ def read_table(path: Path, config: DataConfig, modality: str, task: Task) -> Sou
     return Source(rows)
 
 
+def columns_of(path: Path) -> list[str]:
+    """The names of the columns; of JSONL those of its first row.
+
+    Raises:
+        DataError: it is not of its kind.
+        OSError: it cannot be read.
+    """
+    if path.suffix.lower() == ".parquet":
+        return parquet_columns(path)
+    with path.open("rb") as stream:
+        head = text_from_bytes(next((line for line in stream if line.strip()), b""))
+    return csv_table(head, path).columns if path.suffix.lower() == ".csv" else jsonl_table(head, path).columns
+
+
 def wanted_columns(config: DataConfig, modality: str) -> dict[str, str]:
     """Configuration key → column that must be there."""
     keys = [f"{part}_column" for part in modality.split("-")]
@@ -133,13 +147,24 @@ def parquet_table(path: Path, options: dict[str, str]) -> Table:
     import pyarrow
     from pyarrow import parquet
 
+    columns = parquet_columns(path)
     try:
-        columns = list(parquet.read_schema(path).names)
         wanted = [column for column in dict.fromkeys(options.values()) if column in columns]
         rows = parquet.read_table(path, columns=wanted).to_pylist() if len(wanted) == len(set(options.values())) else []
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     return Table(columns, [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a Parquet file's columns. Raises `DataError` where it is none."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return list(parquet.read_schema(path).names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str, task: Task) -> Iterator[Row]:
