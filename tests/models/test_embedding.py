@@ -31,6 +31,8 @@ def test_the_nearest_other_example_decides() -> None:
     # R is 2 for the zeros: places (right, wrong) twice; the fourth has (wrong, right) with precision ½ at place 2.
     assert found["MAP@R"] == pytest.approx((0.5 + 0.5 + 0 + 0.25 + 0) / 5)
     assert TASK.scores(POINTS[:1], TARGETS[:1]).tolist() == [0.0]
+    assert TASK.more_metrics(POINTS[:1], TARGETS[:1]) == {"recall@5": 0.0, "MAP@R": 0.0}
+    assert TASK.same(POINTS[:1], POINTS[:1]).tolist() == [True]
 
 
 def test_equally_near_examples_count_by_their_share() -> None:
