@@ -44,9 +44,13 @@ def build_backbone(architecture: dict[str, Any]) -> torch.nn.Module:
             from models.backbones.dual import build_dual
 
             return build_dual(architecture)
+        if architecture.get("library") == "mapped":
+            from models.backbones.mapped import build_mapped
+
+            return build_mapped(architecture)
     except KeyError as error:
         raise ModelError(f"the stored architecture has no {error}; it was not written by this project") from error
-    raise ModelError(f"unknown library {architecture.get('library')!r}; expected timm, hf or dual")
+    raise ModelError(f"unknown library {architecture.get('library')!r}; expected timm, hf, dual or mapped")
 
 
 def measure_feature_dim(module: torch.nn.Module, processing: Processing) -> int:
