@@ -120,12 +120,27 @@ def check_task(spec: BackboneSpec, task: TaskName) -> None:
         if spec.library == "hf":
             return
         hint = "write <image backbone>+<text backbone>" if spec.library == "timm" else "take one of the two"
+        if spec.library == "dual" and task == "image-classification":
+            hint += ", or let the text backbone read the names of the labels (finetune.initial_head: label-names)"
         message = f"{spec.id} takes {'images' if spec.library == 'timm' else 'images and texts'}, the task is {task}"
         raise ConfigError([Problem("backbone", message, hint)])
     own = spec.folder is not None and (Path(spec.folder) / "model.json").is_file()
     if spec.library == "timm" and not own and MODALITY_OF_TASK[task] not in ("image", "image-text"):
         message = f"{spec.id} takes images, the task is {task}"
         raise ConfigError([Problem("backbone", message, "use an hf: encoder, or change the task")])
+
+
+def check_label_names(spec: BackboneSpec, task: TaskName) -> None:
+    """Raises `ConfigError` where it is known without loading anything that the names of the labels cannot be a head."""
+    if task != "image-classification":
+        hint = "leave finetune.initial_head: label-names and finetune.strategy: flyp out"
+        raise ConfigError([Problem("task", f"label names are a head of image-classification only, not {task}", hint)])
+    if spec.library == "timm":
+        hint = (
+            f"for a language model to read them write {spec.id}+hf:sentence-transformers/all-MiniLM-L6-v2; or take a "
+            "dual encoder (hf:openai/clip-vit-base-patch32)"
+        )
+        raise ConfigError([Problem("backbone", f"{spec.id} has no text tower for the names of the labels", hint)])
 
 
 def pin(spec: BackboneSpec) -> BackboneSpec:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from models.errors import ConfigError, DataError, Problem
-from models.registry import check_task, resolve
+from models.registry import check_label_names, check_task, resolve
 from models.spec import BackboneSpec, TaskName
 from models.tasks import FEATURES, MODALITY_OF_TASK, task_of
 from stages import section_of
@@ -117,7 +117,10 @@ def make_config(
         with collected(problems, lines, file, "backbone"):
             spec = resolve(values["backbone"])
             if config is not None:
-                check_task(spec, config.task)
+                if config.finetune.names_labels:
+                    check_label_names(spec, config.task)
+                else:
+                    check_task(spec, config.task)
                 check_launch(config)
     data, task = values.get("data"), str(values.get("task"))
     # Where feature-extraction could not be told, any modality says whether there is a source at all.
@@ -160,8 +163,9 @@ def with_task(values: dict[str, Any]) -> dict[str, Any]:
 def check_launch(config: PipelineConfig) -> None:
     """Raises `ConfigError` where several processes cannot train the task."""
     launch = config.finetune.launch
-    if task_of(config.task).embeds and (launch.count > 1 or launch.config_file):
-        problem = f"{config.task} compares every pair of a batch with all others, which several processes do not share"
+    pairs = config.finetune.strategy if config.finetune.strategy == "flyp" else config.task
+    if (pairs == "flyp" or task_of(config.task).embeds) and (launch.count > 1 or launch.config_file):
+        problem = f"{pairs} compares every pair of a batch with all others, which several processes do not share"
         raise ConfigError([Problem("finetune.launch", problem, "leave finetune.launch out")])
 
 

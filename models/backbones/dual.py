@@ -11,6 +11,7 @@ from models.modalities.vision import ImageProcessing
 if TYPE_CHECKING:
     import torch
 
+    from models.backbones.build import LoadedBackbone
     from models.spec import BackboneSpec
 
 
@@ -59,6 +60,20 @@ def load_dual(
         make_dual_module(image.module, text.module, widths),
         architecture,
         PairProcessing(image.processing, text.processing),
+    )
+
+
+def halves_of(loaded: LoadedBackbone) -> tuple[LoadedBackbone, LoadedBackbone]:
+    """The image backbone and the text backbone of a dual encoder, each as it would be alone."""
+    from models.backbones.build import LoadedBackbone
+
+    processing = loaded.processing
+    assert isinstance(processing, PairProcessing)
+    image, text = (loaded.module.get_submodule(f"network.{side}") for side in ("image", "text"))
+    widths, architecture = loaded.architecture["widths"], loaded.architecture
+    return (
+        LoadedBackbone(image, widths[0], architecture["image"], processing.image),
+        LoadedBackbone(text, widths[1], architecture["text"], processing.text),
     )
 
 

@@ -11,12 +11,15 @@ from models.adapters import NOT_FOLDABLE, SCALED_BY_B, Method
 from stages.artifact import Artifact, digest_of, read_artifact
 from stages.base import StageConfig
 
-Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora"]
+Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora", "flyp"]
 Family = Literal["cnn", "transformer", "text"]
 
 ADAPTER_RATES: dict[str, tuple[float, float]] = {"timm": (1e-3, 2e-3), "hf": (5e-4, 1e-3), "dual": (5e-4, 1e-3)}
 """Library → learning rates of adapters and head. Adapters learn at about ten times the rate of full fine-tuning
 (Schulman et al. 2025, "LoRA Without Regret"; measured on the two recipes)."""
+
+FLYP_RATE = 1e-5
+"""Learning rate of both towers in contrastive fine-tuning (Goyal et al. 2023, arXiv 2212.00638)."""
 
 LAYER_RATES: dict[Family, tuple[float, float]] = {
     "cnn": (1e-3, 100.0),
@@ -141,7 +144,8 @@ class FinetuneConfig(StageConfig):
         default="auto",
         description="feature-extraction: linear probe on the frozen backbone; lora: adapters in Linear and ungrouped "
         "convolution layers; full: all weights at once; lp-ft: the probe first, then all weights from it; "
-        "gradual-unfreezing: all weights in phases, from the top down. auto: the probe, then adapters, then all "
+        "gradual-unfreezing: all weights in phases, from the top down; flyp: both towers of a dual encoder, on images "
+        "with the names of their labels. auto: the probe, then adapters, then all "
         "weights, each only while the one before was worth it.",
     )
     epochs: int = Field(default=3, ge=1, description="Passes over the training split (number), all phases together.")
@@ -167,10 +171,21 @@ class FinetuneConfig(StageConfig):
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay, not on norms and biases.")
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
     patience: int = Field(default=3, ge=1, description="Stop after so many epochs without a better validation metric.")
-    initial_head: Literal["probe", "random"] | None = Field(
+    initial_head: Literal["probe", "random", "label-names"] | None = Field(
         default=None,
-        description="Where the head starts: a linear probe on the frozen features, or random weights. "
-        "Default: random for full, the probe for the others.",
+        description="Where the head starts: a linear probe on the frozen features, random weights (of a dual encoder "
+        "with both towers its own head), or what a text tower says of the names of the labels (image-classification). "
+        "Default: random for full, label-names for flyp, the probe for the others; of a dual encoder its own head "
+        "where the probe is no better.",
+    )
+    label_templates: tuple[str, ...] = Field(
+        default=("a photo of a {}.",),
+        min_length=1,
+        description="label-names, flyp: texts with {} in the place of the name; their embeddings are averaged.",
+    )
+    unseen_labels: tuple[str, ...] = Field(
+        default=(),
+        description="label-names, flyp: labels without examples, known by their names only; they follow the others.",
     )
     wise_ft: bool = Field(
         default=False,
@@ -270,12 +285,21 @@ class FinetuneConfig(StageConfig):
             raise ValueError("expected different shares above 0, at most 1")
         return value
 
+    @field_validator("label_templates")
+    @classmethod
+    def refuse_what_names_no_label(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Each has one place for the name."""
+        for template in value:
+            if template.count("{}") != 1:
+                raise ValueError(f"{template!r} has not one {{}} for the name; write e.g. 'a photo of a {{}}.'")
+        return value
+
     @field_validator("from_scratch")
     @classmethod
     def refuse_transfer_of_random_weights(cls, value: bool, info: ValidationInfo) -> bool:
         """There is nothing to keep in random weights: the scratch baseline trains everything."""
         strategy = info.data.get("strategy")
-        if value and strategy in ("lora", "lp-ft", "gradual-unfreezing"):
+        if value and strategy in ("lora", "lp-ft", "gradual-unfreezing", "flyp"):
             raise ValueError(f"{strategy} needs pretrained weights; write strategy: full")
         return value
 
@@ -296,6 +320,7 @@ class FinetuneConfig(StageConfig):
             raise ValueError("from_scratch has random weights, from_run those of another run; write one of them")
         if self.compare_direct and not self.from_run:
             raise ValueError("compare_direct compares with from_run, which is not written")
+        self.refuse_what_names_exclude()
         if self.strategy == "lp-ft" and self.initial_head == "random":
             raise ValueError("lp-ft starts from the probe; with initial_head: random write strategy: full")
         if self.batch_size % self.launch.count:
@@ -314,6 +339,25 @@ class FinetuneConfig(StageConfig):
             raise ValueError(f"wise_ft can scale {' and '.join(SCALED_BY_B)} only, not {self.lora.method}")
         return self
 
+    def refuse_what_names_exclude(self) -> None:
+        """Raises `ValueError` for settings that label names exclude, or that want them."""
+        if self.strategy == "flyp" and self.initial_head in ("probe", "random"):
+            raise ValueError(f"flyp starts from the names of the labels; leave initial_head: {self.initial_head} out")
+        if self.names_labels:
+            for name in ("from_scratch", "from_run", "scratch_fractions"):
+                if getattr(self, name):
+                    raise ValueError(f"label names need the pretrained towers as they are; leave {name} out")
+        if self.unseen_labels and not (self.names_labels and self.strategy in ("feature-extraction", "flyp")):
+            raise ValueError(
+                "unseen_labels are known by their names only, and other training forgets them; write strategy: "
+                "feature-extraction with initial_head: label-names, or strategy: flyp"
+            )
+
+    @property
+    def names_labels(self) -> bool:
+        """Whether the head is made of the names of the labels."""
+        return self.initial_head == "label-names" or self.strategy == "flyp"
+
     def head_from_probe(self, strategy: Strategy) -> bool:
         """Whether the head starts as the linear probe."""
-        return (self.initial_head or ("random" if strategy == "full" else "probe")) == "probe"
+        return not self.names_labels and (self.initial_head or ("random" if strategy == "full" else "probe")) == "probe"

@@ -13,7 +13,15 @@ from models.tasks import task_of
 from stages.artifact import verify_files
 from stages.data.splits import SplitName
 from stages.environment import usable_cores
-from stages.finetune.config import ADAPTER_RATES, LAYER_RATES, Family, FinetuneConfig, Strategy, merged_network_of
+from stages.finetune.config import (
+    ADAPTER_RATES,
+    FLYP_RATE,
+    LAYER_RATES,
+    Family,
+    FinetuneConfig,
+    Strategy,
+    merged_network_of,
+)
 from stages.finetune.rates import Rates, decaying_rates, one_rate
 from stages.inputs import are_text_pairs
 
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from models.tasks import Task
     from stages.base import StageContext
     from stages.features.probe import Probe
+    from stages.finetune.label_names import NamedLabels
 
 NAMES: tuple[SplitName, SplitName] = ("train", "validation")
 
@@ -88,6 +97,8 @@ class Setup:
     frozen: FrozenResult | None = None
     own_head: bool = False
     """Whether the head of `model` is not random but the backbone's own."""
+    named: NamedLabels | None = None
+    """Where the head is made of the names of the labels."""
 
     @property
     def task(self) -> Task:
@@ -162,6 +173,8 @@ class Setup:
         if strategy == "lora":
             backbone, head = ADAPTER_RATES[self.spec.backbone.library]
             ratio = config.layer_rate_ratio
+        elif strategy == "flyp":
+            backbone, head, ratio = FLYP_RATE, FLYP_RATE, config.layer_rate_ratio
         else:
             backbone, (head, default) = None, LAYER_RATES[self.family]
             # Random weights have nothing to keep: every layer learns at the head's rate.
@@ -182,6 +195,10 @@ def build(context: StageContext, config: FinetuneConfig) -> Setup:
     from models.classifier import make_spec, new_classifier
     from models.registry import load_backbone
 
+    if config.names_labels:
+        from stages.finetune.label_names import build_named
+
+        return build_named(context, config)
     backbone = context.backbone
     pairs = are_text_pairs(context.task, context.data["train"])
     loaded = load_backbone(
@@ -249,14 +266,20 @@ def with_frozen_result(setup: Setup) -> Setup:
     )  # fmt: skip
     given = judge_own_head(setup, features, targets, probe.cv_metric) if setup.own_head else None
     seconds = time.monotonic() - started
-    return replace(setup, frozen=FrozenResult(features, targets, probe, scores, loss, knn, seconds, given))
+    setup = replace(setup, frozen=FrozenResult(features, targets, probe, scores, loss, knn, seconds, given))
+    if setup.named is not None and not setup.own_head:
+        from stages.finetune.label_names import with_label_map
+
+        return with_label_map(setup)
+    return setup
 
 
 def judge_own_head(
     setup: Setup, features: dict[SplitName, np.ndarray], targets: dict[SplitName, np.ndarray], probe: float | None
 ) -> GivenHead:
     """What the backbone's own head reaches on the features, with no training at all. It is kept where on the folds of
-    the training data it is as good as a probe, whose metric there is `probe`; the validation split has no part in it.
+    the training data it is as good as a probe, whose metric there is `probe` (the validation split has no part in it),
+    or where it was asked for.
     """
     import numpy as np
 
@@ -268,7 +291,8 @@ def judge_own_head(
     found = [float(task.scores(outputs["train"][one], targets["train"][one]).mean()) for one in folds]
     own = float(np.average(found, weights=[len(one) for one in folds])) if folds else 0.0
     scores = task.scores(outputs["validation"], targets["validation"])
-    starts = setup.config.initial_head != "probe" and (probe is None or own >= probe)
+    wanted = setup.config.initial_head != "probe" and (probe is None or own >= probe)
+    starts = wanted or setup.config.names_labels
     setup.context.log.info(
         "%-10s zero-shot: validation %s %.4f; on folds of the training data %.4f, the linear probe %s: starts from %s",
         "", task.metric, scores.mean(), own, "nothing" if probe is None else f"{probe:.4f}",

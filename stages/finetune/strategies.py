@@ -141,12 +141,28 @@ def train_adapters(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     return attempt_from(strategy, network, rates, trained, ahead)
 
 
+def train_towers(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
+    """Both towers on images with the names of their labels, by a contrastive loss as in pretraining; then a head of the
+    names, and no text tower any more (Goyal et al. 2023, FLYP, arXiv 2212.00638)."""
+    from stages.finetune.label_names import paired, with_tuned_names
+    from stages.finetune.wise import evaluate
+
+    pairs = paired(setup)
+    network, rates = pairs.model, pairs.rates(strategy)
+    ahead = look_ahead(strategy, network, pairs, rates, folder)
+    made = attempt_from(strategy, network, rates, train_once(strategy, network, pairs, rates, folder), ahead)
+    tuned = with_tuned_names(network, setup)
+    scores = None if made.diverged else evaluate(tuned, setup)[0]
+    return replace(made, network=tuned, scores=scores, trainable_parameters=count(tuned.backbone))
+
+
 STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {
     "feature-extraction": extract_features,
     "lora": train_adapters,
     "lp-ft": train_all,
     "gradual-unfreezing": train_in_phases,
     "full": train_all,
+    "flyp": train_towers,
 }
 
 

@@ -391,7 +391,7 @@ def confusion(
     values, targets = outputs[chosen].values if chosen else None, targets_of(context, checkpoint)
     if values is None or not isinstance(task_of(checkpoint.spec.task), SingleLabel):
         return []
-    return confusion_of(values, targets, len(context.data.labels))
+    return confusion_of(values, targets, len(checkpoint.spec.labels))
 
 
 def notes_of(evidence: dict[str, Any]) -> list[str]:

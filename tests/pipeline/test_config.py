@@ -265,3 +265,27 @@ def test_init_writes_which_of_the_three_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--task: feature-extraction is one of three"):
         write_config(file, "feature-extraction", "hf:openai/whisper-tiny.en", "demo:emoji", force=True)
     assert "feature-extraction" in PipelineConfig.model_json_schema()["properties"]["task"]["enum"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "task", "finetune", "said"),
+    [
+        ("timm:resnet18", "image-classification", "{initial_head: label-names}", "has no text tower.*all-MiniLM"),
+        ("timm:resnet18+hf:a/b", "text-classification", "{initial_head: label-names}", "image-classification only"),
+        ("hf:a/b", "image-text", "{strategy: flyp}", "image-classification only"),
+        ("timm:resnet18+hf:a/b", "image-classification", "{strategy: lora}", "initial_head: label-names"),
+        ("hf:a/b", "image-classification", "{strategy: flyp, launch: {processes: 2}}", "flyp compares every pair"),
+    ],
+)
+def test_label_names_want_images_and_a_text_tower(
+    backbone: str, task: str, finetune: str, said: str, tmp_path: Path
+) -> None:
+    text = f"task: {task}\nbackbone: {backbone}\ndata: {{source: x.csv, text_column: a, image_column: b}}\n"
+    with pytest.raises(ConfigError, match=said):
+        load_config(write(tmp_path, f"{text}finetune: {finetune}\n"))
+
+
+def test_label_names_take_two_backbones_put_together(tmp_path: Path) -> None:
+    text = VISION.replace("tf_efficientnet_lite0", "resnet18+hf:a/b") + "finetune: {initial_head: label-names}\n"
+    config, spec = load_config(write(tmp_path, text))
+    assert config.finetune.names_labels and spec.library == "dual"
