@@ -25,8 +25,8 @@ all others out ruins labels that the fit has not seen (recall at 1 .36 and .71, 
 with .1 they have .79 and .90, and labels that it has seen gain (.70 → .78, .79 → .81). See docs/decisions/0012."""
 
 CV_FOLDS = 3
-"""Each fit inverts a matrix of all features. Five choose another strength on WordNet's topics (10, not 1), which has the
-same recall there (.78)."""
+"""Each fit inverts a matrix of all features. Five choose another strength on WordNet's topics (10, not 1), which has
+the same recall there (.78)."""
 
 SAME = 0.1
 """Two examples are equally near when their cosines differ by less than this share of the spread (standard deviation) of
