@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import PipelineConfig, fields_by_key, is_model
+from pipeline.config import PipelineConfig, fields_by_key, is_model, with_task
 from stages import STAGES, load_stage, section_of
 from stages.base import NETWORK_PACKAGES, PROCESSING_PACKAGES
 
@@ -277,7 +277,7 @@ def test_the_yaml_of_the_readme_is_valid() -> None:
     assert len(configurations) >= 2
     assert len(workflows) == 1
     for block in configurations:
-        PipelineConfig.model_validate(block)
+        PipelineConfig.model_validate(with_task(block))
     assert workflows[0]["jobs"]
 
 

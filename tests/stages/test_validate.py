@@ -243,6 +243,12 @@ def test_each_gate_fails_on_its_own_number(gates: dict, numbers: dict, failed: s
     assert {result.name for result in results if not result.passed} == failed
 
 
+@pytest.mark.parametrize(("cosine", "passed"), [(0.96, True), (0.94, False), (None, False), (float("nan"), False)])
+def test_an_embedding_must_not_turn_away(cosine: float | None, passed: bool) -> None:
+    results = check(entry(cosine=cosine), GatesConfig(), 1000, "recall@1", embeds=True)
+    assert [result.passed for result in results if result.name == "cosine"] == [passed]
+
+
 @pytest.mark.parametrize(
     ("gates", "numbers", "over"),
     [
