@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, Problem
 from stages.data.splits import DataSplits, Example
-from stages.finetune.setup import NAMES, GivenHead, Setup, loss_of_head, outputs_of_head
+from stages.finetune.setup import NAMES, GivenHead, Setup, loss_of_head, outputs_of_head, share_of_unseen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,8 @@ def with_label_map(setup: Setup) -> Setup:
     outputs, targets = outputs_of_head(model, features), frozen.targets["validation"]
     setup = replace(setup, model=model, spec=make_spec(spec.task, spec.backbone, mapped, spec.labels), named=named)
     scores = setup.task.scores(outputs, targets)
-    given = GivenHead("label names", scores, loss_of_head(setup, outputs, targets), True)
+    loss = loss_of_head(setup, outputs, targets)
+    given = GivenHead("label names", scores, loss, True, share_of_unseen(setup, outputs))
     setup.context.log.info(
         "%-10s label names: validation %s %.4f; ridge %g, scale %g", "", setup.task.metric, scores.mean(),
         found.regularization, found.scale,

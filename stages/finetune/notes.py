@@ -14,6 +14,11 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
         yield f"training diverged: {measured['diverged']}"
         return
     yield result_of(measured)
+    if (given := measured["given_head"]) and given["mistaken_for_unseen"] is not None:
+        yield (
+            f"the head gives {given['mistaken_for_unseen']:.1%} of the validation examples an unseen label, though all "
+            "of theirs are known: the price of finding unseen ones"
+        )
     if gain := measured["gain_over_probe"]:
         seconds = measured["seconds"]
         yield (

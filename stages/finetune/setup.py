@@ -50,12 +50,14 @@ CONVOLUTIONAL = 0.5
 class GivenHead:
     """A head that no training made: a dual encoder's own (`zero-shot`), or one from the names of the labels by a map
     that was fitted (`label names`). `scores` and `loss` on validation; `starts`: whether it is kept at the start, where
-    the probe would be put in."""
+    the probe would be put in. `mistaken`: the share of validation examples, whose labels are all known, that it gives
+    one of the unseen labels; None where there are none."""
 
     kind: Literal["zero-shot", "label names"]
     scores: np.ndarray
     loss: float
     starts: bool
+    mistaken: float | None = None
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,14 @@ def judge_own_head(
         "", task.metric, scores.mean(), own, "nothing" if probe is None else f"{probe:.4f}",
         "its own head" if starts else "the probe",
     )  # fmt: skip
-    return GivenHead("zero-shot", scores, loss_of_head(setup, outputs["validation"], targets["validation"]), starts)
+    loss = loss_of_head(setup, outputs["validation"], targets["validation"])
+    return GivenHead("zero-shot", scores, loss, starts, share_of_unseen(setup, outputs["validation"]))
+
+
+def share_of_unseen(setup: Setup, outputs: np.ndarray) -> float | None:
+    """How many of these answers are an unseen label; None where there is none."""
+    seen = len(setup.context.data.labels)
+    return float((outputs.argmax(1) >= seen).mean()) if setup.config.unseen_labels else None
 
 
 def outputs_of_head(model: Classifier, features: np.ndarray) -> np.ndarray:

@@ -142,6 +142,7 @@ def given_head_of(frozen: FrozenResult | None) -> dict[str, Any] | None:
         "kind": given.kind,
         "validation_metric": float(given.scores.mean()),
         "starts": given.starts,
+        "mistaken_for_unseen": given.mistaken,
         "gain_over_probe": dataclasses.asdict(gain_of(given.scores, frozen.scores, 0.95)),
     }
 

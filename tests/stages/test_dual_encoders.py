@@ -191,8 +191,8 @@ def joined_backbone(root: Path) -> str:
 def test_a_language_model_reads_the_names_for_an_image_backbone(tmp_path: Path) -> None:
     context = image_context(tmp_path, "out", joined_backbone(tmp_path))
     config = named("feature-extraction", unseen_labels=("red",), label_templates=("a {}",))
-    found = Finetune().run(context, config).measurements
-    checkpoint = load_checkpoint(context.output / "checkpoint")
+    result = Finetune().run(context, config)
+    found, checkpoint = result.measurements, load_checkpoint(context.output / "checkpoint")
     assert found["given_head"]["kind"] == "label names" and found["validation_metric"] > 0.6
     assert checkpoint.spec.labels == (*NAMES, "red") and checkpoint.spec.architecture["library"] == "mapped"
     assert checkpoint.spec.backbone.library == "timm"
@@ -204,6 +204,9 @@ def test_a_language_model_reads_the_names_for_an_image_backbone(tmp_path: Path) 
         features = checkpoint.model.features(inputs)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
     assert setup.named is not None and setup.named.scale is not None
+    mistaken = float((logits.argmax(1) == 3).float().mean())
+    assert found["given_head"]["mistaken_for_unseen"] == pytest.approx(mistaken)
+    assert sum(f"{mistaken:.1%} of the validation examples an unseen label" in note for note in result.notes) == 1
     # The text tower, mapped, has the names where the head has its rows.
     text = embed_labels(setup.named.text, checkpoint.spec.labels, ("a {}",), "cpu")
     cosines = features @ torch.from_numpy(of_length_one(text)).T
