@@ -145,14 +145,26 @@ def hold_batchnorm(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-            module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
+            _hold_in_eval(module)
+
+
+def lock(tower: nn.Module) -> None:
+    """Keep it as it is: nothing in it learns, and it works as in evaluation, also after `model.train()` (Zhai et al.
+    2022, LiT, arXiv 2111.07991)."""
+    tower.requires_grad_(False)
+    for module in tower.modules():
+        _hold_in_eval(module)
 
 
 def moving_batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The batch norms whose statistics training moves: those that are not held."""
     found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return [module for module in found if "train" not in module.__dict__]
+
+
+def _hold_in_eval(module: nn.Module) -> None:
+    module.eval()
+    module.train = _stay_in_eval.__get__(module)  # type: ignore[method-assign]
 
 
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:

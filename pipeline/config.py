@@ -122,6 +122,7 @@ def make_config(
                 else:
                     check_task(spec, config.task)
                 check_launch(config)
+                check_locked_tower(config)
     data, task = values.get("data"), str(values.get("task"))
     # Where feature-extraction could not be told, any modality says whether there is a source at all.
     modality = MODALITY_OF_TASK.get(FEATURES["image"] if task == ANY_FEATURES else task)
@@ -167,6 +168,13 @@ def check_launch(config: PipelineConfig) -> None:
     if (pairs == "flyp" or task_of(config.task).embeds) and (launch.count > 1 or launch.config_file):
         problem = f"{pairs} compares every pair of a batch with all others, which several processes do not share"
         raise ConfigError([Problem("finetune.launch", problem, "leave finetune.launch out")])
+
+
+def check_locked_tower(config: PipelineConfig) -> None:
+    """Raises `ConfigError` where the backbone has no towers."""
+    if config.finetune.locked_tower and MODALITY_OF_TASK[config.task] != "image-text":
+        problem = f"a backbone of {config.task} has one tower"
+        raise ConfigError([Problem("finetune.locked_tower", problem, "leave finetune.locked_tower out")])
 
 
 def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from stages.base import StageConfig
 
 Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora", "flyp"]
 Family = Literal["cnn", "transformer", "text"]
+Augment = Literal["none", "flip", "crop"]
 
 ADAPTER_RATES: dict[str, tuple[float, float]] = {"timm": (1e-3, 2e-3), "hf": (5e-4, 1e-3), "dual": (5e-4, 1e-3)}
 """Library → learning rates of adapters and head. Adapters learn at about ten times the rate of full fine-tuning
@@ -228,9 +229,14 @@ class FinetuneConfig(StageConfig):
         description="How much of a recording the network hears (seconds): longer ones are cut, shorter ones end in "
         "silence. Default: 10, or the backbone's own.",
     )
-    augment: Literal["none", "flip"] = Field(
+    augment: Augment = Field(
         default="flip",
-        description="flip mirrors half of the images in training; none where left and right differ (digits, text).",
+        description="flip mirrors half of the images in training; crop also takes a part of each, 60 to 100 % of its "
+        "area, at the size of the whole; none where left and right differ (digits, text).",
+    )
+    locked_tower: Literal["image", "text"] | None = Field(
+        default=None,
+        description="image-text: this tower keeps its weights while the other one learns (LiT); for full and lp-ft.",
     )
     threads: int | None = Field(
         default=None,
@@ -329,6 +335,10 @@ class FinetuneConfig(StageConfig):
                 f"{self.launch.count} processes cannot share a batch of {self.batch_size} equally; "
                 f"write batch_size: {whole}"
             )
+        if self.locked_tower and self.strategy not in ("full", "lp-ft"):
+            raise ValueError(f"locked_tower is for strategy: full or lp-ft, not {self.strategy}")
+        if self.locked_tower and self.from_scratch:
+            raise ValueError("there is nothing to keep in random weights; leave locked_tower or from_scratch out")
         if self.strategy == "gradual-unfreezing" and self.epochs < self.phases:
             raise ValueError(f"there are fewer epochs than phases ({self.epochs} and {self.phases}); each needs one")
         if self.scratch_fractions and self.from_scratch:

@@ -113,11 +113,14 @@ class Setup:
 
     def start(self, strategy: Strategy) -> Classifier:
         """A network to train: the pretrained weights, with the head that the strategy starts from. Always the same."""
+        from models.classifier import lock
         from stages.features.probe import put_into_head
 
         network = copy.deepcopy(self.model)
         if self.frozen is not None and not self.frozen.keeps_head and self.config.head_from_probe(strategy):
             put_into_head(network, self.frozen.probe)
+        if self.config.locked_tower and not self.config.from_scratch:
+            lock(network.backbone.get_submodule(f"network.{self.config.locked_tower}"))
         return network
 
     def save(self, model: Classifier, folder: Path) -> None:

@@ -182,7 +182,7 @@ def train_once(
         warmup_fraction=config.warmup_fraction,
         patience=config.patience,
         precision=config.precision,
-        flip=config.augment == "flip",
+        augment=config.augment,
         hold_batchnorm=setup.holds_batchnorm(strategy),
         workers=default_workers(context.device) if config.workers is None else config.workers,
         seed=context.seed,

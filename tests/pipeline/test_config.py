@@ -173,6 +173,11 @@ def test_several_processes_do_not_share_a_contrastive_loss(tmp_path: Path) -> No
         load_config(write(tmp_path, text))
 
 
+def test_only_a_dual_encoder_has_a_tower_to_lock(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a backbone of image-classification has one tower"):
+        load_config(write(tmp_path, f"{GOOD}\nfinetune: {{strategy: lp-ft, locked_tower: text}}\n"))
+
+
 def test_both_parts_of_a_dual_backbone_are_looked_for_beside_the_file(tmp_path: Path) -> None:
     for name in ("image", "text"):
         (tmp_path / name).mkdir()

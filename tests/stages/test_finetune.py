@@ -133,6 +133,8 @@ def test_from_scratch_is_full_at_one_rate_without_a_probe(tmp_path: Path, data: 
         ({"strategy": "gradual-unfreezing", "epochs": 2, "phases": 3}, "fewer epochs than phases"),
         ({"strategy": "feature-extraction", "wise_ft": True}, "feature-extraction trains none"),
         ({"strategy": "lora", "wise_ft": True, "lora": {"method": "dora"}}, "lora and rslora only"),
+        ({"strategy": "lora", "locked_tower": "text"}, "is for strategy: full or lp-ft, not lora"),
+        ({"strategy": "full", "from_scratch": True, "locked_tower": "text"}, "nothing to keep in random weights"),
         ({"lora": {"method": "prefix-tuning"}}, "cannot be folded: it adds made-up inputs"),
         ({"lora": {"method": "PiSSA"}}, "cannot be folded: it changes the base weights"),
     ],

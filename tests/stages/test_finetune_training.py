@@ -22,6 +22,7 @@ from stages.finetune.training import (
     Diverged,
     Recorder,
     TrainingPlan,
+    augmented,
     drop_last,
     flip_half,
     last_complete_checkpoint,
@@ -33,7 +34,7 @@ from tests.stages.small_run import StoppingProgress, made_up_data, make_context
 CONFIG = FinetuneConfig(strategy="lora", epochs=2, batch_size=8)
 PLAN = TrainingPlan(
     epochs=5, batch_size=8, rates=one_rate([Layer("stem", ())], 1e-3, 1e-4), weight_decay=0.01,
-    warmup_fraction=0.1, patience=2, precision="fp32", flip=False, hold_batchnorm=False, workers=0, seed=0,
+    warmup_fraction=0.1, patience=2, precision="fp32", augment="none", hold_batchnorm=False, workers=0, seed=0,
 )  # fmt: skip
 
 
@@ -177,6 +178,20 @@ def test_flip_mirrors_whole_images_left_to_right() -> None:
     same = [bool(torch.equal(new, old)) for new, old in zip(flipped, batch, strict=True)]
     assert all(a != b for a, b in zip(mirrored, same, strict=True))
     assert 0 < sum(mirrored) < 16
+
+
+def test_crop_resizes_another_part_of_each_image_and_mirrors_half() -> None:
+    torch.manual_seed(0)
+    ramp = torch.arange(64, dtype=torch.uint8)[None, None, :, None] * 4  # brighter from left to right
+    batch = ramp.expand(16, 64, 64, 3)
+    found = augmented(batch, "crop")
+    assert (found.shape, found.dtype) == (batch.shape, torch.uint8)
+    assert augmented(batch, "none") is batch
+    ends = found[:, 32, [0, 63], 0].long()
+    assert 0 < sum(bool(left > right) for left, right in ends) < 16
+    shares = (ends[:, 1] - ends[:, 0]).abs() / (4 * 63)
+    assert float(shares.min()) > (0.6 * 3 / 4) ** 0.5 - 0.05  # the narrowest: three quarters as wide as high
+    assert len({tuple(pair.sort().values.tolist()) for pair in ends}) > 8
 
 
 @pytest.mark.parametrize(

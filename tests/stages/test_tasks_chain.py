@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from models.bundle import open_bundle
 from models.tasks import Target
@@ -17,6 +19,7 @@ from stages.base import StageContext
 from stages.data.splits import DataSplits, SplitName
 from stages.export import Export, ExportConfig
 from stages.finetune import Finetune, FinetuneConfig
+from stages.finetune.setup import build
 from stages.gate import GateResult
 from stages.merge_lora import MergeLora, MergeLoraConfig
 from stages.package import Package, PackageConfig
@@ -177,3 +180,25 @@ def check_vectors(bundle: Path, texts: list[str], wanted: np.ndarray, folder: Pa
     np.testing.assert_allclose(written, vectors, atol=1e-5)
     refused = on_a_device("predict", str(bundle), texts[0], "-o", str(folder))
     assert refused.returncode == 2 and "cannot be written" in refused.stderr
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_locked_tower_stays_as_it_was_while_the_other_learns(tmp_path: Path, tower: Any) -> None:
+    context = replace(
+        make_context(
+            tmp_path, "out", made_up("image-text"),
+            backbone=f"{image_folder(tmp_path / 'image')}+{hf_text_folder(tmp_path / 'text')}",
+        ),
+        task="image-text",
+    )  # fmt: skip
+    # With a random head the batch norm of what learns moves its statistics: that of a locked tower must not.
+    config = FinetuneConfig(strategy="full", locked_tower=tower, epochs=1, batch_size=8, augment="crop")
+    before = build(context, config).model.state_dict()
+    found = Finetune().run(context, config).measurements
+    after = load_file(context.output / "checkpoint/model.safetensors")
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    other = "text" if tower == "image" else "image"
+    assert not any(name.startswith(f"backbone.network.{tower}.") for name in moved)
+    assert len([name for name in moved if name.startswith(f"backbone.network.{other}.")]) > 10
+    assert {"task_head.image.weight", "task_head.text.weight", "task_head.log_scale"} <= moved
+    assert 0 < found["trainable_parameters"] < found["total_parameters"]
