@@ -28,16 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. To be read, not changed."""
     folder = tmp_path_factory.mktemp("image-text") / "run"
-    options = (
-        "--run-dir",
-        str(folder),
-        *ONE_THREAD,
-        "--set",
-        "validate.latency_calls=20",
-        "--set",
-        "finetune.epochs=6",
-    )
-    done = pipeline("all", "-c", RECIPE, *options)
+    shorter = ("--set", "finetune.epochs=6", "--set", "validate.latency_calls=20")
+    done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *ONE_THREAD, *shorter)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
