@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.errors import StageError
 from stages.artifact import write_json
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 CANDIDATES_FILE = "candidates.json"
 Precision = Literal["fp32", "fp16", "int8"]
+"""What a file is called. What its arithmetic is in is measured: `mac_shares`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class Candidate:
         values = asdict(self)
         measurements: dict[str, Any] = values.pop("measurements")
         return values | measurements
+
+
+def check_label(name: str, precision: Precision, shares: Mapping[str, float]) -> None:
+    """A candidate multiplies in the precision that it is labelled with, at least somewhere.
+
+    `shares` are those of `models.graph.shares_of`; a network that multiplies nowhere has none, and no label is wrong.
+
+    Raises:
+        StageError: none of its arithmetic is in that precision.
+    """
+    if shares and not any(word.removesuffix("-weights") == precision and share for word, share in shares.items()):
+        found = ", ".join(f"{share:.0%} {word}" for word, share in shares.items())
+        raise StageError(f"{name} is labelled {precision}, but its arithmetic is {found}: nothing was converted")
 
 
 def write_candidates(folder: Path, candidates: Sequence[Candidate]) -> None:

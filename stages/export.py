@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import DataError, ExportError
+from models.graph import name_modules, products_of, shares_of
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
@@ -26,7 +27,7 @@ from stages.base import (
     StageContext,
     StageResult,
 )
-from stages.candidates import Candidate, Precision, write_candidates
+from stages.candidates import Candidate, Precision, check_label, write_candidates
 from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
 
@@ -91,12 +92,15 @@ class Export:
         reference, floor = reference_logits(checkpoint, shapes)
         scale = max(float(max(part.max() for part in reference) - min(part.min() for part in reference)), 1e-30)
         model, attention = export_onnx(checkpoint, example_inputs(checkpoint, context), config.opset)
+        single = checkpoint.processing.arrays(contents_of(context, 1))
         gates: list[GateResult] = []
         candidates = []
         for precision in sorted({"fp32", *config.precisions}, reverse=True):
             path = context.output / f"onnx-{precision}.onnx"
             save_onnx(model if precision == "fp32" else fp16_from_fp32(model), path)
             check_graph(path, checkpoint.spec.io)
+            shares = shares_of(products_of(path, single, context.threads))
+            check_label(path.stem, precision, shares)
             errors = shape_errors(path, shapes, reference, context.threads)
             tolerance = config.max_relative_error_fp16
             if precision == "fp32":
@@ -104,7 +108,7 @@ class Export:
                 if floor is not None:
                     tolerance = min(tolerance, NOISE_FACTOR * max(floor / scale, MINIMUM_FLOOR))
             gates += parity_gates(f"onnx-{precision}", errors, tolerance, scale)
-            candidates.append(describe(path, precision, errors, tolerance, scale))
+            candidates.append(describe(path, precision, errors, tolerance, scale, shares))
         write_candidates(context.output, candidates)
         measurements = {
             "candidates": [candidate.summary() for candidate in candidates],
@@ -341,7 +345,7 @@ def named_outputs(model: Any, io: IOSpec) -> Any:
 
 
 def clean_graph(model: onnx.ModelProto, io: IOSpec) -> onnx.ModelProto:
-    """Remove stale shapes and name the dynamic axes.
+    """Remove stale shapes, name the dynamic axes and the module of each node.
 
     The exporter's `value_info` disagrees with the graph, and ONNX Runtime's quantizer then refuses it
     ("Inferred shape and existing shape differ"): 38 of 47 networks, mended in 37 by deleting it.
@@ -354,8 +358,7 @@ def clean_graph(model: onnx.ModelProto, io: IOSpec) -> onnx.ModelProto:
                 if isinstance(wanted, str) and dim.HasField("dim_param"):
                     dim.dim_param = wanted
     del model.metadata_props[:]
-    for node in model.graph.node:
-        del node.metadata_props[:]  # source paths and stack traces of this machine
+    name_modules(model)
     return model
 
 
@@ -491,7 +494,12 @@ def parity_gates(subject: str, errors: Sequence[tuple[str, float]], tolerance: f
 
 
 def describe(
-    path: Path, precision: Precision, errors: Sequence[tuple[str, float]], tolerance: float, scale: float
+    path: Path,
+    precision: Precision,
+    errors: Sequence[tuple[str, float]],
+    tolerance: float,
+    scale: float,
+    shares: dict[str, float],
 ) -> Candidate:
     """The candidate with what was measured."""
     external = path.with_name(f"{path.name}.data")
@@ -500,5 +508,6 @@ def describe(
         "max_abs_error": max((error for _, error in errors if math.isfinite(error)), default=None),
         "tolerance": tolerance * scale,
         "shapes_tried": [shape for shape, _ in errors],
+        "mac_shares": shares,
     }
     return Candidate(f"onnx-{precision}", path.name, precision, size, measurements=measurements)

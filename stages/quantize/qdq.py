@@ -7,16 +7,11 @@ tries dozens of variants of one graph: the graph is calibrated once, and each va
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from models.errors import QuantizeError
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     from onnxruntime.quantization.calibrate import TensorsData
 
@@ -69,42 +64,6 @@ def quantizable_nodes(model: onnx.ModelProto, layout: Layout) -> list[onnx.NodeP
             if residual or (node.op_type == "Gather" and node.input[0] in tables):
                 names.add(node.name)
     return [node for node in model.graph.node if node.name in names]
-
-
-def calibrate_ranges(
-    path: Path, scratch: Path, batches: Iterator[dict[str, np.ndarray]], advance: Callable[[], object]
-) -> TensorsData:
-    """The smallest and largest value of every activation over all batches; calls `advance` after each.
-
-    Minimum and maximum: entropy and percentiles changed nothing on EfficientNet-Lite0 (.621 against .621 and .632).
-
-    Raises:
-        QuantizeError: there is no batch, or an activation overflows.
-    """
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
-        def __init__(self, batch: dict[str, np.ndarray]) -> None:
-            self.left = [batch]
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return self.left.pop() if self.left else None
-
-    calibrator: Any = create_calibrator(
-        path, QUANTIZED_OPS, str(scratch / "calibration.onnx"), calibrate_method=CalibrationMethod.MinMax
-    )
-    ranges = None
-    for batch in batches:
-        calibrator.collect_data(Reader(batch))  # one batch at a time, so that memory does not grow with the data
-        ranges = calibrator.compute_data()
-        advance()
-    if ranges is None:
-        raise QuantizeError("the calibration split is empty; raise data.calibration_fraction")
-    for name, one in ranges.items():
-        found = one.lowest.item(), one.highest.item()
-        if not all(map(math.isfinite, found)):
-            raise QuantizeError(f"calibration met {found} in {name}: the network overflows on real data")
-    return ranges
 
 
 def quantize_graph(
@@ -168,22 +127,3 @@ def restore_float_inputs(
     quantized.graph.initializer.extend(
         tensor for tensor in model.graph.initializer if tensor.name in read and tensor.name not in left
     )
-
-
-def macs_by_node(model: onnx.ModelProto, output_sizes: Mapping[str, int]) -> dict[str, int]:
-    """Compute node → multiply-accumulates, given how many numbers each of their output tensors holds."""
-    dims = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    return {
-        node.name: macs_of(node, dims[node.input[1]], output_sizes[node.output[0]]) for node in compute_nodes(model)
-    }
-
-
-def macs_of(node: onnx.NodeProto, weight_dims: list[int], outputs: int) -> int:
-    """Multiply-accumulates of a compute node that makes `outputs` numbers: one a weight that each of them reads.
-
-    Conv weights are (out, in / groups, …); MatMul's (in, out); Gemm's as MatMul's, or transposed.
-    """
-    if node.op_type == "Conv":
-        return outputs * math.prod(weight_dims[1:])
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return outputs * weight_dims[-1 if transposed else -2]

@@ -1,25 +1,26 @@
-"""quantize: INT8 candidates that stay inside their budget.
+"""quantize: candidates in INT8 and INT4 that stay inside their budget.
 
 Reads: export's `onnx-fp32.onnx`, merge-lora's `checkpoint/` (the reference), the calibration split, and the
 validation split to judge by.
-Writes: `onnx-int8-static.onnx`, `onnx-int8-dynamic.onnx` (only those inside the budget), `candidates.json`.
+Writes: `onnx-int8-static.onnx` and so on, one a scheme (only those inside the budget), `candidates.json`.
 Gates: at least one candidate is inside the budget.
-Fails when: the quantizer refuses the graph, or calibration meets NaN or infinity.
+Fails when: the quantizer refuses the graph or leaves it as it was, or calibration meets NaN or infinity.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from models.errors import QuantizeError
-from models.spec import side_by_side
+from models.graph import Product, module_of, products_of, shares_of
 from models.tasks import task_of
 from stages.base import (
     NETWORK_PACKAGES,
@@ -30,18 +31,12 @@ from stages.base import (
     StageContext,
     StageResult,
 )
-from stages.candidates import Candidate, write_candidates
+from stages.candidates import Candidate, check_label, write_candidates
 from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
-from stages.quantize.qdq import (
-    Form,
-    Layout,
-    calibrate_ranges,
-    compute_nodes,
-    macs_by_node,
-    quantizable_nodes,
-    quantize_graph,
-)
+from stages.quantize.calibration import BATCH_SIZES, Method, calibrate_ranges
+from stages.quantize.qdq import Form, Layout, compute_nodes, quantizable_nodes, quantize_graph
+from stages.quantize.search import fewest, harm_of_nodes, rungs_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,15 +46,11 @@ if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
     from models.tasks import Task
 
-Scheme = Literal["int8-dynamic", "int8-static"]
+Scheme = Literal["int8-dynamic", "int8-static", "int8-symmetric"]
 
 BATCH_SIZE = 32
 LARGEST_GRAPH_BYTES = 1_900_000_000
 """Protobuf ends at 2 GiB; the weights of larger graphs lie in a second file, which is not handled here."""
-
-FLOAT_NODES = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)
-"""How many of the most sensitive nodes stay in floating point, tried in this order until the budget holds, up to
-half of the nodes."""
 
 
 class QuantizeConfig(StageConfig):
@@ -68,15 +59,20 @@ class QuantizeConfig(StageConfig):
     schemes: tuple[Scheme, ...] = Field(
         default=("int8-dynamic", "int8-static"),
         description="int8-dynamic: matrix products with activations scaled at run time (never convolutions, where it "
-        "is wrong and slow); int8-static: QDQ with ranges from the calibration split. [] goes without INT8.",
-    )
-    layout: Layout = Field(
-        default="onnxruntime",
-        description="Form of int8-static: onnxruntime (UINT8 activations, fast on CPUs) or tensorrt (symmetric INT8, "
-        "the form that TensorRT parses; slow on x86 CPUs).",
+        "is wrong and slow); int8-static: QDQ with ranges from the calibration split, activations UINT8, the form that "
+        "is fast on CPUs; int8-symmetric: QDQ with symmetric INT8 throughout, the form that TensorRT takes (ONNX "
+        "Runtime runs it too, slowly on x86). [] goes without.",
     )
     reduce_range: bool = Field(
         default=False, description="7-bit weights, for x86 CPUs without VNNI, whose 8-bit products saturate."
+    )
+    calibration: Method = Field(
+        default="minmax",
+        description="How activations get their range: minmax, entropy (least KL divergence), percentile, or mse (least "
+        "squared error).",
+    )
+    calibration_percentile: float = Field(
+        default=99.999, gt=50, le=100, description="calibration: percentile keeps this share of the values (percent)."
     )
     calibration_samples: int = Field(default=256, ge=8, description="Calibration examples used (number).")
     sensitivity_samples: int = Field(
@@ -84,8 +80,8 @@ class QuantizeConfig(StageConfig):
     )
     keep_float: Literal["auto", "none"] = Field(
         default="auto",
-        description="int8-static: auto keeps the most sensitive nodes in floating point, as few as the budget needs; "
-        "none tries plain INT8 only.",
+        description="Static schemes: auto keeps the most sensitive nodes in floating point, as few as the budget "
+        "needs; none tries plain INT8 only.",
     )
     max_metric_drop: float = Field(
         default=0.01,
@@ -109,13 +105,13 @@ class QuantizeConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Workbench:
-    """What every attempt needs: the prepared graph, where its work goes, and the reference's answers."""
+    """What every attempt needs: the prepared graph, its products, where its work goes, the reference's answers."""
 
     context: StageContext
     config: QuantizeConfig
     checkpoint: Checkpoint
     model: onnx.ModelProto
-    macs: Mapping[str, int]
+    products: Sequence[Product]
     scratch: Path
     reference: np.ndarray
     targets: np.ndarray
@@ -156,8 +152,7 @@ class Quantize:
             scratch = context.resume / "graphs"
             scratch.mkdir(exist_ok=True)
             bench = open_workbench(context, config, scratch)
-            makers = {"int8-dynamic": quantize_dynamically, "int8-static": quantize_statically}
-            candidates = [makers[scheme](bench) for scheme in config.schemes]
+            candidates = [MAKERS[scheme](bench) for scheme in config.schemes]
         write_candidates(context.output, candidates)
         measurements = {"candidates": [candidate.summary() for candidate in candidates], "samples": samples}
         gates = (gate_of(candidates, samples),) if candidates else ()
@@ -177,27 +172,33 @@ def note_of(candidate: Candidate) -> str:
     if not candidate.accepted:
         return f"{candidate.name} is left out: {candidate.reason}"
     measured = candidate.measurements
+    floats = measured["float_modules"]
+    kept = f"; in floating point: {', '.join(floats[:4])}" + (f" and {len(floats) - 4} more" * (len(floats) > 4))
     return (
         f"{candidate.name}: {candidate.size_bytes / 1e6:.1f} MB, {measured['metric_name']} {measured['metric']:.4f} "
         f"(reference {measured['reference_metric']:.4f}), {measured['share_int8_macs']:.0%} of the arithmetic in INT8"
+        + (kept if floats else "")
     )
 
 
 def open_workbench(context: StageContext, config: QuantizeConfig, scratch: Path) -> Workbench:
     """Prepare the graph, and run the reference, the unpatched merged network, once over the validation split."""
+    import onnx
+
     from models.checkpoint import load_checkpoint
     from models.runtimes.torch_eager import TorchEager
     from stages.inputs import predict
 
     checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
     model = prepare_graph(context.inputs["export"].file("onnx-fp32.onnx"), scratch)
-    macs = count_macs(model, checkpoint, context, scratch)
+    onnx.save(model, scratch / "prepared.onnx")
+    products = products_of(scratch / "prepared.onnx", one_example(checkpoint, context), context.threads)
     examples = context.data["validation"]
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
         outputs = predict(runtime, checkpoint.processing, examples, BATCH_SIZE, context.progress, "reference")
     spec = checkpoint.spec
     targets = task_of(spec.task).targets([one.label for one in examples], spec.io.width)
-    return Workbench(context, config, checkpoint, model, macs, scratch, outputs, targets)
+    return Workbench(context, config, checkpoint, model, products, scratch, outputs, targets)
 
 
 def prepare_graph(path: Path, scratch: Path) -> onnx.ModelProto:
@@ -232,24 +233,9 @@ def quantizer_errors() -> tuple[type[Exception], ...]:
     return (*onnxruntime_errors(), TypeError, KeyError, AttributeError, onnx.shape_inference.InferenceError)
 
 
-def count_macs(model: onnx.ModelProto, checkpoint: Checkpoint, context: StageContext, scratch: Path) -> dict[str, int]:
-    """Compute node → multiply-accumulates of one validation example, with shapes from a real run."""
-    import copy
-
-    import onnx
-
-    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
-
-    probe = copy.deepcopy(model)
-    del probe.graph.output[:]
-    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in compute_nodes(model))
-    if not probe.graph.output:
-        return {}
-    path = scratch / "shapes.onnx"
-    onnx.save(probe, path)
-    with OnnxRuntimeSession(path, threads=context.threads, optimization="none") as session:
-        outputs = session.infer(checkpoint.processing.arrays([context.data["validation"][0].content]))
-    return macs_by_node(model, {name: value.size for name, value in outputs.items()})
+def one_example(checkpoint: Checkpoint, context: StageContext) -> dict[str, np.ndarray]:
+    """The first validation example as the graph takes it."""
+    return checkpoint.processing.arrays([context.data["validation"][0].content])
 
 
 def quantize_dynamically(bench: Workbench) -> Candidate:
@@ -278,42 +264,68 @@ def quantize_dynamically(bench: Workbench) -> Candidate:
     except quantizer_errors() as error:
         raise QuantizeError(f"{name}: {error}; take int8-dynamic out of quantize.schemes") from error
     floats = [node.name for node in nodes if node.op_type != "MatMul"]
-    return keep_or_leave_out(bench, target, judge(bench, onnx.load(str(target)), name) | arithmetic(bench, floats))
+    measured = judge(bench, onnx.load(str(target)), name) | {"float_modules": modules_of(bench, floats)}
+    return keep_or_leave_out(bench, target, measured)
 
 
-def quantize_statically(bench: Workbench) -> Candidate:
+def quantize_statically(bench: Workbench, layout: Layout) -> Candidate:
     """QDQ INT8. Where plain INT8 is outside the budget, the most sensitive nodes go back to floating point."""
-    import onnx
-
-    name = "onnx-int8-static"
-    form = Form(bench.config.layout, bench.config.reduce_range)
-    nodes = [node.name for node in quantizable_nodes(bench.model, form.layout)]
+    name = {"onnxruntime": "onnx-int8-static", "tensorrt": "onnx-int8-symmetric"}[layout]
+    form = Form(layout, bench.config.reduce_range)
+    nodes = [node.name for node in quantizable_nodes(bench.model, layout)]
     if not nodes:
         reason = "there is nothing to quantize: the graph has no convolution or product with constant weights"
         return Candidate(name, f"{name}.onnx", "int8", 0, accepted=False, reason=reason)
-    ranges = calibrate(bench)
-    ranking: list[str] = []
-    ladder: list[dict[str, Any]] = []
-    best: tuple[onnx.ModelProto, dict[str, Any]] | None = None
-    for count in float_counts(bench.config, len(nodes)):
-        if count and not ranking:
-            ranking = rank_nodes(bench, nodes, ranges, form)
-        model = quantize_graph(bench.model, ranges, form, ranking[:count])
-        measured = judge(bench, model, name) | arithmetic(bench, ranking[:count])
-        step = {"float_nodes": count} | {key: measured[key] for key in ("metric", "agreement", "share_int8_macs")}
-        ladder.append(step)
-        words = ", ".join(f"{key} {value:.4g}" for key, value in step.items())
-        bench.context.log.info("           %s: %s", name, words)
-        inside = not outside_budget(bench.config, measured)
-        if inside or best is None or closeness(measured) > closeness(best[1]):
-            best = (model, measured)
-        if inside:
-            break
-    assert best is not None
-    model, measured = best
+    ranges = calibrate(bench, layout)
+    return search_precisions(bench, name, nodes, partial(quantize_graph, bench.model, ranges, form))
+
+
+MAKERS: dict[Scheme, Callable[[Workbench], Candidate]] = {
+    "int8-dynamic": quantize_dynamically,
+    "int8-static": partial(quantize_statically, layout="onnxruntime"),
+    "int8-symmetric": partial(quantize_statically, layout="tensorrt"),
+}
+
+
+def search_precisions(
+    bench: Workbench, name: str, nodes: Sequence[str], variant: Callable[[Collection[str]], onnx.ModelProto]
+) -> Candidate:
+    """The variant with the fewest nodes in floating point that is inside the budget; where none is, the best one.
+
+    `variant` makes the graph in which the named nodes are not quantized. `tried` in the measurements is the curve of
+    accuracy against the share of the arithmetic in INT8: on the validation split, which training has seen only to
+    pick an epoch; the nodes are ranked on the calibration split, and the test split is not touched.
+    """
+    import onnx
+
+    harm: dict[str, float] = {}
+    tried: dict[int, dict[str, Any]] = {}
+
+    def inside(count: int) -> bool:
+        if count and not harm:
+            harm.update(rank_nodes(bench, nodes, variant))
+        tried[count] = measured = judge(bench, variant(list(harm)[:count]), name)
+        words = ", ".join(f"{key} {measured[key]:.4g}" for key in ("metric", "agreement", "share_int8_macs"))
+        bench.context.log.info("           %s: %d nodes in floating point, %s", name, count, words)
+        return not outside_budget(bench.config, measured)
+
+    rungs = [0] if bench.config.keep_float == "none" else rungs_for(len(nodes))
+    count = fewest(rungs, inside)
+    if count is None:
+        count = max(tried, key=lambda one: closeness(tried[one]))
     target = bench.scratch / f"{name}.onnx"
-    onnx.save(model, target)
-    return keep_or_leave_out(bench, target, measured | {"layout": form.layout, "ladder": ladder})
+    onnx.save(variant(list(harm)[:count]), target)  # made again: all of them at once may not fit into memory
+    measured = tried[count] | {
+        "float_modules": modules_of(bench, list(harm)[:count]),
+        "tried": [point_of(one, tried[one]) for one in sorted(tried)],
+        "sensitivity": sensitivity_of(bench, harm),
+    }
+    return keep_or_leave_out(bench, target, measured)
+
+
+def point_of(float_nodes: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """One point of the curve."""
+    return {"float_nodes": float_nodes} | {key: measured[key] for key in ("metric", "agreement", "share_int8_macs")}
 
 
 def closeness(measured: Mapping[str, Any]) -> tuple[float, float]:
@@ -321,60 +333,59 @@ def closeness(measured: Mapping[str, Any]) -> tuple[float, float]:
     return measured["metric"], measured["agreement"]
 
 
-def float_counts(config: QuantizeConfig, nodes: int) -> list[int]:
-    """The rungs of the ladder for a graph with so many quantizable nodes."""
-    if config.keep_float == "none":
-        return [0]
-    return [count for count in FLOAT_NODES if count <= nodes // 2]
+def modules_of(bench: Workbench, names: Sequence[str]) -> list[str]:
+    """The module of the network that each node comes from, or its own name where the graph does not say; each once."""
+    modules = {node.name: module_of(node) or node.name for node in bench.model.graph.node}
+    return list(dict.fromkeys(modules[name] for name in names))
 
 
-def calibrate(bench: Workbench) -> TensorsData:
+def sensitivity_of(bench: Workbench, harm: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Every ranked node: its module, the harm it does alone, and its share of the multiply-accumulates."""
+    total = sum(product.macs for product in bench.products) or 1
+    macs = {product.node: product.macs for product in bench.products}
+    return [
+        {"node": name, "module": modules_of(bench, [name])[0], "harm": value, "mac_share": macs.get(name, 0) / total}
+        for name, value in harm.items()
+    ]
+
+
+def calibrate(bench: Workbench, layout: Layout) -> TensorsData:
     """The range of every activation over the calibration split, through the real preprocessing."""
     import onnx
 
     from stages.inputs import batches
 
-    examples = bench.context.data["calibration"][: bench.config.calibration_samples]
+    config, context = bench.config, bench.context
+    examples = context.data["calibration"][: config.calibration_samples]
     path = bench.scratch / "source.onnx"
     onnx.save(bench.model, path)
-    with bench.context.progress.task("calibration", math.ceil(len(examples) / BATCH_SIZE)) as advance:
-        arrays = (inputs for inputs, _ in batches(bench.checkpoint.processing, examples, BATCH_SIZE))
+    size = BATCH_SIZES[config.calibration]
+    with context.progress.task("calibration", math.ceil(len(examples) / size)) as advance:
+        arrays = (inputs for inputs, _ in batches(bench.checkpoint.processing, examples, size))
         try:
-            return calibrate_ranges(path, bench.scratch, arrays, advance)
+            return calibrate_ranges(
+                path, bench.scratch, arrays, advance, config.calibration, config.calibration_percentile,
+                symmetric=layout == "tensorrt",
+            )  # fmt: skip
         except quantizer_errors() as error:
-            message = f"onnx-int8-static: {error}; take int8-static out of quantize.schemes"
+            message = f"calibration: {error}; go without the static schemes (quantize.schemes)"
             raise QuantizeError(message) from error
 
 
-def rank_nodes(bench: Workbench, nodes: Sequence[str], ranges: TensorsData, form: Form) -> list[str]:
-    """Nodes from the most to the least sensitive.
-
-    Each is quantized alone; its harm is the mean squared change of the outputs over calibration examples. Ranked so,
-    one float node did what three did when taken in graph order, and eight reached an agreement of .984 against .974
-    (EfficientNet-Lite0, 500 images).
-    """
-    import numpy as np
-
+def rank_nodes(
+    bench: Workbench, nodes: Sequence[str], variant: Callable[[Collection[str]], onnx.ModelProto]
+) -> dict[str, float]:
+    """Node → harm on calibration examples, most sensitive first."""
     from stages.inputs import batches
 
     examples = bench.context.data["calibration"][: bench.config.sensitivity_samples]
     inputs = [arrays for arrays, _ in batches(bench.checkpoint.processing, examples, BATCH_SIZE)]
-
-    def outputs_of(model: onnx.ModelProto) -> np.ndarray:
-        return np.concatenate([side_by_side(outputs) for outputs in bench.run(model, inputs)])
-
-    wanted = outputs_of(bench.model)
-    harm: dict[str, float] = {}
     with bench.context.progress.task("sensitivity", len(nodes)) as advance:
-        for name in nodes:
-            alone = quantize_graph(bench.model, ranges, form, [other for other in nodes if other != name])
-            harm[name] = float(np.square(outputs_of(alone) - wanted).mean())
-            advance()
-    return sorted(nodes, key=lambda name: -harm[name])
+        return harm_of_nodes(nodes, bench.model, variant, lambda model: bench.run(model, inputs), advance)
 
 
 def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[str, Any]:
-    """Metric and agreement with the reference over the validation split."""
+    """Metric and agreement with the reference over the validation split; what its products really are in."""
     import onnx
 
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
@@ -387,6 +398,7 @@ def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[st
         outputs = predict(
             session, bench.checkpoint.processing, context.data["validation"], BATCH_SIZE, context.progress, description
         )
+    shares = shares_of(products_of(path, one_example(bench.checkpoint, context), context.threads))
     found, before = (bench.task.scores(values, bench.targets) for values in (outputs, bench.reference))
     return {
         "metric_name": bench.task.metric,
@@ -394,14 +406,9 @@ def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[st
         "reference_metric": float(before.mean()),
         "metric_drop": float((before - found).mean()),  # of counts: 0.868 − 0.858 is above 0.01 in floating point
         "agreement": float(bench.task.same(outputs, bench.reference).mean()),
+        "mac_shares": shares,
+        "share_int8_macs": shares.get("int8", 0.0),
     }
-
-
-def arithmetic(bench: Workbench, floats: Sequence[str]) -> dict[str, Any]:
-    """Which nodes stay in floating point, by name, and the share of multiply-accumulates that is in INT8."""
-    total = sum(bench.macs.values())
-    left = sum(count for name, count in bench.macs.items() if name not in set(floats))
-    return {"float_nodes": list(floats), "share_int8_macs": left / total if total else 0.0}
 
 
 def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any]) -> str:
@@ -418,7 +425,12 @@ def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any]) -> str:
 
 
 def keep_or_leave_out(bench: Workbench, path: Path, measured: dict[str, Any]) -> Candidate:
-    """The candidate of a measured file, which moves into the artifact where it is inside the budget."""
+    """The candidate of a measured file, which moves into the artifact where it is inside the budget.
+
+    Raises:
+        StageError: nothing in it is INT8, whatever was asked for.
+    """
+    check_label(path.stem, "int8", measured["mac_shares"])
     reason = outside_budget(bench.config, measured)
     size = path.stat().st_size
     if not reason:
