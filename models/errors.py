@@ -10,6 +10,7 @@
         ├── MergeError                the adapter could not be folded
         ├── ExportError               the graph could not be exported or is not a valid one
         ├── QuantizeError             the quantizer refused the graph
+        ├── EngineError               no engine could be built, or building one ran over a limit
         ├── RuntimeInferenceError     a runtime failed, or is not the one asked for
         └── IntegrityError            a digest differs, or a file is missing or was added
 
@@ -86,6 +87,10 @@ class ExportError(StageError):
 
 class QuantizeError(StageError):
     """The quantizer refused the graph."""
+
+
+class EngineError(StageError):
+    """An engine could not be built, or its build ran over a limit."""
 
 
 class RuntimeInferenceError(StageError):

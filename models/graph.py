@@ -44,20 +44,28 @@ def name_modules(model: onnx.ModelProto) -> None:
     A weight names its module best: batch norm that was folded into a convolution has left its own scope on the node.
     The rest of the metadata are source paths and stack traces of the machine that exported.
     """
-    weights = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith(".weight")}
     for node in model.graph.node:
         scopes = {entry.key: entry.value for entry in node.metadata_props}.get(EXPORTER_SCOPES, "[]")
-        owners = [name.removesuffix(".weight") for name in node.input if name in weights]
         around = [str(scope) for scope in ast.literal_eval(scopes)][:-1]
-        module = next(iter(owners + around[::-1]), "")
+        # What the exporter made itself has a name with an underscore.
+        inner = [scope for scope in around[::-1] if not scope.startswith("_")]
+        module = next(iter(owners_of(node) + inner), "")
         del node.metadata_props[:]
         if module:
             node.metadata_props.add(key=MODULE, value=module)
 
 
 def module_of(node: onnx.NodeProto) -> str:
-    """The path of the module that a node comes from; empty where the graph does not say."""
-    return next((entry.value for entry in node.metadata_props if entry.key == MODULE), "")
+    """The path of the module that a node comes from, empty where the graph does not say: the owner of its weights, which
+    keep their names through optimizers whose new nodes have no note of export, else what export has noted."""
+    noted = [str(entry.value) for entry in node.metadata_props if entry.key == MODULE]
+    return next(iter(owners_of(node) + noted), "")
+
+
+def owners_of(node: onnx.NodeProto) -> list[str]:
+    """The modules whose weights a node reads, by the names of the weights."""
+    parts = (name.rpartition(".") for name in node.input)
+    return [owner for owner, _, kind in parts if owner and kind in ("weight", "bias")]
 
 
 def products_of(path: Path, inputs: Mapping[str, np.ndarray], threads: int = 1) -> list[Product]:

@@ -54,6 +54,12 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Also what the libraries say.")]
 
 
+ReceiptOption = Annotated[
+    list[str] | None,
+    typer.Option("--receipt", help="A device's receipt of an engine, from `pipeline verify`. May be repeated."),
+]
+
+
 def add_stage_command(name: str) -> None:
     """One command a stage; each is `all --from NAME --until NAME`."""
 
@@ -73,7 +79,25 @@ def add_stage_command(name: str) -> None:
 
 
 for stage_name in STAGES:
-    add_stage_command(stage_name)
+    if stage_name != "validate":
+        add_stage_command(stage_name)
+
+
+@app.command("validate", help=STAGE_HELP["validate"])
+def run_validate(
+    config: ConfigOption = Path("pipeline.yaml"),
+    set_: SetOption = None,
+    receipt: ReceiptOption = None,
+    run_dir: RunDirOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """The stage's command, with what devices say of its engines."""
+    settings = [*(set_ or []), *([f"validate.receipts={json.dumps(receipt)}"] if receipt else [])]
+    run_stages(["validate"], config, settings, run_dir, force, dry_run, json_, quiet, verbose)
 
 
 @app.command("all", help="Run the whole chain; skip what is fresh.")
@@ -332,13 +356,31 @@ def print_nearest(images: list[str], texts: list[str], near: Any, as_json: bool)
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder or tar.")],
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    proof: Annotated[
+        Path | None, typer.Option(help="The folder that a script of the bundle (engines/*.sh) has filled here.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Which of the engine's targets this device is.")] = None,
+    receipt: Annotated[
+        Path | None, typer.Option(help="With --proof: write there what `pipeline validate --receipt` takes.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check a bundle on this device: digests and golden-sample parity."""
-    from models.bundle import open_bundle
+    """Check a bundle on this device: digests and golden-sample parity, of an engine too."""
+    from models.bundle import Check, VerifyReport, open_bundle
 
+    if (proof is None) != (receipt is None):
+        raise ConfigError([Problem("--proof, --receipt", "go together", "name the folder, and the file to write")])
     with open_bundle(bundle) as opened:
         report = opened.verify(threads=threads)
+        if proof is not None and receipt is not None:
+            from models.engines.receipt import make_receipt
+
+            made = make_receipt(opened, proof, target)
+            receipt.write_text(json.dumps(made.to_dict(), indent=2) + "\n", encoding="utf-8")
+            message = f"largest error {made.max_abs_error}, tolerance {made.tolerance:.3g}; "
+            message += f"{made.latency_ms_p50:.3g} ms at batch 1 (p50); written to {receipt}"
+            check = Check(f"engine {made.engine} on {made.target}", made.within, message)
+            report = VerifyReport((*report.checks, check))
     if json_:
         rows = [{"name": check.name, "ok": check.ok, "message": check.message} for check in report.checks]
         print_json({"ok": report.ok, "checks": rows})

@@ -203,6 +203,10 @@ def find_beside(file: Path, values: dict[str, Any]) -> None:
             # An image–text backbone is two ids with a plus between them.
             parts = path.split("+") if key == "backbone" and not os.path.exists(file.parent / path) else [path]
             section[key] = "+".join(beside(file, part) for part in parts)
+    validate = values.get("validate")
+    receipts = validate.get("receipts") if isinstance(validate, dict) else None
+    if isinstance(validate, dict) and isinstance(receipts, list):
+        validate["receipts"] = [beside(file, one) if isinstance(one, str) else one for one in receipts]
 
 
 def beside(file: Path, path: str) -> str:

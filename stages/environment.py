@@ -27,8 +27,9 @@ def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
 
 @cache
 def digest_of_code(*folders: str) -> str:
-    """Digest of the code in top-level folders: another version of it makes other results."""
-    files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    """Digest of the code in top-level folders, tables of it included: another version of it makes other results."""
+    endings = ("*.py", "*.yaml")
+    files = sorted(path for folder in folders for ending in endings for path in (ROOT / folder).rglob(ending))
     return digest_of({path.relative_to(ROOT).as_posix(): sha256_of_file(path) for path in files})
 
 

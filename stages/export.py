@@ -1,9 +1,10 @@
 """export: the merged network as ONNX, with dynamic batch and length, proven at shapes other than the exported one.
 
 Reads: merge-lora's `checkpoint/`.
-Writes: `onnx-fp32.onnx`, `onnx-fp16.onnx` where asked for, `candidates.json`.
+Writes: `onnx-fp32.onnx`, `onnx-fp16.onnx` where asked for, `candidates.json`; `engines.json` and `engines/` where
+engines are asked for.
 Gates: parity with the unpatched PyTorch network at every tried shape, per precision.
-Fails when: the network cannot be exported, the graph is not valid, or an axis was frozen.
+Fails when: the network cannot be exported, the graph is not valid, an axis was frozen, or a target takes no engine.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from models.engines.targets import target_of
 from models.errors import DataError, ExportError
 from models.graph import name_modules, products_of, shares_of
 from stages.base import (
@@ -29,6 +31,13 @@ from stages.base import (
 )
 from stages.candidates import Candidate, Precision, check_label, write_candidates
 from stages.data.splits import SplitName
+from stages.engines import (
+    ENGINE_PACKAGES,
+    EngineBuildConfig,
+    build_engines,
+    request_engines,
+    require_an_engine,
+)
 from stages.gate import Gate, GateResult
 
 if TYPE_CHECKING:
@@ -57,17 +66,68 @@ MINIMUM_FLOOR = 1e-6
 class ExportConfig(StageConfig):
     """What is written."""
 
-    formats: tuple[Literal["onnx"], ...] = Field(default=("onnx",), min_length=1, description="File formats.")
+    formats: tuple[Literal["onnx", "tensorrt-rtx", "tensorrt"], ...] = Field(
+        default=("onnx",),
+        min_length=1,
+        description="File formats; onnx is always made. Engines need `targets`, and are built of every candidate, "
+        "those of quantize included.",
+    )
+    targets: tuple[str, ...] = Field(
+        default=(),
+        description="Devices that engines are built for, by their names in models/engines/targets.yaml "
+        "(sm86, jetson-orin-jp6, …).",
+    )
+    profile: dict[str, tuple[int, int, int]] = Field(
+        default={},
+        description="Dynamic axis → the smallest, usual and largest size that an engine takes (numbers). Default: "
+        "batch [1, 8, 32], and of texts 1, that of the examples, and the largest that is kept.",
+    )
+    engine_build: EngineBuildConfig = Field(
+        default_factory=EngineBuildConfig, description="Limits and options of building engines."
+    )
     precisions: tuple[Literal["fp32", "fp16"], ...] = Field(
         default=("fp32", "fp16"), min_length=1, description="Precisions of the ONNX files; fp32 is always made."
     )
-    opset: int = Field(default=20, ge=18, le=23, description="ONNX opset (number). JetPack 6 takes 20 at most.")
+    opset: int = Field(
+        default=20, ge=18, le=23, description="ONNX opset (number); lowered to what the targets read, JetPack 6 20."
+    )
     max_relative_error_fp32: float = Field(
         default=FP32_CEILING, gt=0, description="Ceiling of the fp32 tolerance, as a share of the logit range (ratio)."
     )
     max_relative_error_fp16: float = Field(
         default=FP16_CEILING, gt=0, description="Tolerance of fp16, as a share of the logit range (ratio)."
     )
+
+    @field_validator("targets")
+    @classmethod
+    def known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Every target is in the table, once."""
+        for name in value:
+            target_of(name)
+        if len(set(value)) != len(value):
+            raise ValueError("a target stands twice")
+        return value
+
+    @field_validator("profile")
+    @classmethod
+    def ascending(cls, value: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        """Sizes go from the smallest to the largest."""
+        for axis, (low, usual, high) in value.items():
+            if not 1 <= low <= usual <= high:
+                raise ValueError(f"{axis} has {[low, usual, high]}; expected 1 ≤ smallest ≤ usual ≤ largest")
+        return value
+
+    @model_validator(mode="after")
+    def formats_fit_targets(self) -> ExportConfig:
+        """Each engine format has a target, and each target its format."""
+        wanted = {target_of(name).runtime: name for name in self.targets}
+        for runtime, name in wanted.items():
+            if runtime not in self.formats:
+                raise ValueError(f"the target {name} is built with {runtime}: add {runtime} to export.formats")
+        for name in self.formats:
+            if name != "onnx" and name not in wanted:
+                raise ValueError(f"the format {name} needs a device: name one in export.targets (sm86, …)")
+        return self
 
 
 class Export:
@@ -77,7 +137,7 @@ class Export:
     config_type = ExportConfig
     consumes = ("merge-lora",)
     splits: tuple[SplitName, ...] = ("validation",)
-    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "onnxscript", "onnx-ir")
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "onnxscript", "onnx-ir", *ENGINE_PACKAGES)
     machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: ExportConfig) -> StageResult:
@@ -91,7 +151,10 @@ class Export:
         shapes = tried_inputs(checkpoint, context)
         reference, floor = reference_logits(checkpoint, shapes)
         scale = max(float(max(part.max() for part in reference) - min(part.min() for part in reference)), 1e-30)
-        model, attention = export_onnx(checkpoint, example_inputs(checkpoint, context), config.opset)
+        targets = config.targets
+        request = request_engines(targets, config.profile, config.engine_build, checkpoint.spec.io, shapes)
+        opset = opset_for(config.opset, targets)
+        model, attention = export_onnx(checkpoint, example_inputs(checkpoint, context), opset)
         single = checkpoint.processing.arrays(contents_of(context, 1))
         gates: list[GateResult] = []
         candidates = []
@@ -112,7 +175,7 @@ class Export:
         write_candidates(context.output, candidates)
         measurements = {
             "candidates": [candidate.summary() for candidate in candidates],
-            "opset": config.opset,
+            "opset": opset,
             "noise_floor": floor,
             "logit_range": scale,
             "attention": attention,
@@ -122,6 +185,13 @@ class Export:
             notes.append("the network does not run in fp64, so the noise floor is not known: the ceiling holds")
         if attention == "plain":
             notes.append("exported with attention written out: the fused form has no ONNX form here")
+        if opset != config.opset:
+            notes.append(f"opset {opset} in place of {config.opset}: the targets read no later one")
+        if targets:
+            engines = build_engines(context, request, candidates, shapes)
+            require_an_engine(request, engines)
+            measurements |= engines.summary()
+            notes += engines.notes()
         return StageResult(tuple(gates), measurements, tuple(notes))
 
 
@@ -135,6 +205,11 @@ def tried_inputs(checkpoint: Checkpoint, context: StageContext) -> list[dict[str
 def example_inputs(checkpoint: Checkpoint, context: StageContext) -> dict[str, np.ndarray]:
     """Two real examples."""
     return checkpoint.processing.arrays(contents_of(context, 2))
+
+
+def opset_for(asked: int, targets: Sequence[str]) -> int:
+    """The opset asked for, or the latest that every target reads."""
+    return min([asked, *(limit for name in targets if (limit := target_of(name).max_opset))])
 
 
 def contents_of(context: StageContext, count: int) -> list[Content]:

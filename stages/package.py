@@ -1,6 +1,7 @@
 """package: what validate passed, with all that runs and proves it, as a folder and a deterministic tar.
 
-Reads: merge-lora's `checkpoint/`, the candidates that validate passed, its `evidence.json`, test examples.
+Reads: merge-lora's `checkpoint/`, the candidates that validate passed, their engines, its `evidence.json`, test
+examples.
 Writes: `bundle/` and `<name>.tar`; the same inputs give the same bytes.
 Gates: the tar, opened as a device opens it, verifies.
 Fails when: a candidate's bytes are not those that validate measured, or validate chose none.
@@ -22,6 +23,7 @@ from pydantic import Field
 from models.bundle import (
     BUNDLE_FILE,
     BUNDLE_SCHEMA_VERSION,
+    ENGINES_FOLDER,
     EVIDENCE_FOLDER,
     GOLDEN_FOLDER,
     MODEL_FILE,
@@ -29,6 +31,7 @@ from models.bundle import (
     VerifyReport,
     open_bundle,
 )
+from models.engines.receipt import RUNS
 from models.errors import IntegrityError
 from models.spec import side_by_side
 from models.tasks import Target, task_of
@@ -48,6 +51,7 @@ from stages.gate import Gate, GateResult
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
     from models.modalities import Content, Processing
+    from models.spec import IOSpec
     from stages.data.splits import Example
 
 GOLDEN_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2}
@@ -92,14 +96,17 @@ class Package:
         name = config.name or default_name(checkpoint.spec.backbone.name, checkpoint.spec.task)
         bundle = context.output / "bundle"
         models = {entry["name"]: copy_model(context, entry, bundle, evidence["chosen"]) for entry in shipped}
+        engines = [copy_engine(context, entry, bundle) for entry in shipped_engines(evidence, config.include)]
         (bundle / PROCESSING_FOLDER).mkdir()
         processing = checkpoint.processing.save(bundle / PROCESSING_FOLDER)
         golden = write_golden(context, checkpoint, models, bundle, config.golden_samples)
+        for entry in engines:
+            write_script(bundle, checkpoint.spec.io, models[entry["candidate"]], entry)
         (bundle / EVIDENCE_FOLDER).mkdir()
         write_json(bundle / EVIDENCE_FOLDER / "evidence.json", evidence)
         card = model_card(name, checkpoint, evidence, golden["samples"])
         (bundle / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(bundle, name, checkpoint, processing, evidence["chosen"], models, golden)
+        write_manifest(bundle, name, checkpoint, processing, evidence["chosen"], models, engines, golden)
         archive = context.output / f"{name}.tar"
         write_tar(bundle, archive, name)
         with open_bundle(archive) as opened:
@@ -111,11 +118,12 @@ class Package:
             "sha256": sha256_of_file(archive),
             "chosen": evidence["chosen"],
             "models": list(models),
+            "engines": [f"{entry['name']}: {entry['status']}" for entry in engines],
             "golden_samples": len(golden["samples"]),
         }
         note = f"{archive.name}: {archive.stat().st_size / 1e6:.1f} MB with {', '.join(models)}"
         note += "; digests and golden samples verified" if gate.passed else f"; {gate.message}"
-        return StageResult((gate,), measurements, (note,))
+        return StageResult((gate,), measurements, (note, *map(engine_note, engines)))
 
 
 def default_name(backbone: str, task: str) -> str:
@@ -138,7 +146,22 @@ def shipped_candidates(evidence: Mapping[str, Any], include: str) -> list[dict[s
             "look at validate's report, then run `pipeline validate` again"
         )
     others = [entry for entry in entries if entry["name"] != evidence["chosen"]]
-    return chosen + (others if include == "all-passed" else [])
+    if include == "chosen":  # an engine comes with the file that it is built from: its golden outputs are that one's
+        needed = {engine["candidate"] for engine in shipped_engines(evidence, include)}
+        others = [entry for entry in others if entry["name"] in needed]
+    return chosen + others
+
+
+def shipped_engines(evidence: Mapping[str, Any], include: str) -> list[dict[str, Any]]:
+    """The engine that validate chose for each target; with "all-passed" every engine of a candidate that passed."""
+    passed = {entry["name"] for entry in evidence["candidates"] if entry["passed"] and not entry["over_limits"]}
+    engines = [entry for entry in evidence["engines"] if entry["candidate"] in passed]
+    return engines if include == "all-passed" else [entry for entry in engines if entry["ships_for"]]
+
+
+def engine_note(entry: dict[str, Any]) -> str:
+    """One line for a person."""
+    return f"engine {entry['name']} for {', '.join(entry['targets'])}: {entry['status']}"
 
 
 def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chosen: str) -> dict[str, Any]:
@@ -168,6 +191,68 @@ def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chose
         "file": target.relative_to(bundle).as_posix(),
         **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "metric", "latency_ms_p50", "logit_range")},
     }
+
+
+def copy_engine(context: StageContext, entry: dict[str, Any], bundle: Path) -> dict[str, Any]:
+    """Copy an engine, its fingerprint and the mended graph that it comes from; its entry of `bundle.json`.
+
+    Raises:
+        IntegrityError: a digest differs, or a file is missing.
+    """
+    artifact = context.inputs[entry["stage"]]
+    folder = bundle / ENGINES_FOLDER
+    folder.mkdir(exist_ok=True)
+    copied = {}
+    for file, digest in entry["files"].items():
+        source = artifact.file(file)
+        if not source.is_file():
+            raise IntegrityError(f"{source}, which validate listed, is missing; run `pipeline all` again")
+        if Path(file).parent.name != ENGINES_FOLDER:
+            continue  # the candidate's own file, which lies in model/
+        copied[file] = f"{ENGINES_FOLDER}/{source.name}"
+        shutil.copyfile(source, bundle / copied[file])
+        if sha256_of_file(bundle / copied[file]) != digest:
+            raise IntegrityError(
+                f"{source} is not the engine that validate listed: its SHA-256 is not the one in evidence.json; "
+                "run `pipeline validate --force`"
+            )
+    keys = ("name", "candidate", "precision", "sha256", "size_bytes", "targets", "runtime", "library_version",
+            "compute_capabilities", "profile", "onnx_sha256", "mends", "status")  # fmt: skip
+    files = {"file": copied.get(entry["file"]), "source": copied.get(entry["source"])}
+    return {**files, **{key: entry[key] for key in keys}}
+
+
+def write_script(bundle: Path, io: IOSpec, model: Mapping[str, Any], entry: dict[str, Any]) -> None:
+    """The script that proves an engine on its device, and the golden arrays as trtexec reads them: without a header.
+
+    Adds to `entry` how many of the golden samples an engine takes at once.
+    """
+    import numpy as np
+
+    from models.engines.script import Shapes, proving_script
+
+    entry["source"] = entry["source"] or model["file"]
+    largest = min((shapes[-1][0] for shapes in entry["profile"].values()), default=1)
+    inputs = {one.name: np.load(bundle / GOLDEN_FOLDER / f"{one.name}.npy", allow_pickle=False) for one in io.inputs}
+    golden = np.load(bundle / GOLDEN_FOLDER / f"{model['golden_outputs']}.npy", allow_pickle=False)
+    widths = np.cumsum([int(one.dims[1]) for one in io.outputs])[:-1]
+    outputs = dict(zip([one.name for one in io.outputs], np.split(golden, widths, axis=1), strict=True))
+    entry["golden_samples"] = count = min(len(golden), largest)
+    runs: dict[str, tuple[Shapes, dict[str, str], dict[str, str]]] = {}
+    raw = bundle / GOLDEN_FOLDER / "raw"
+    raw.mkdir(exist_ok=True)
+    for run, samples in zip(RUNS, (count, 1), strict=True):
+        files: tuple[dict[str, str], dict[str, str]] = ({}, {})
+        for kind, arrays in zip(files, (inputs, outputs), strict=True):
+            for name, array in arrays.items():
+                stem = f"{run}-{model['golden_outputs']}-{name}" if kind is files[1] else f"{run}-{name}"
+                kind[name] = f"{GOLDEN_FOLDER}/raw/{stem}.{samples}.bin"
+                (bundle / kind[name]).write_bytes(np.ascontiguousarray(array[:samples]).tobytes())
+        runs[run] = ({name: (samples, *array.shape[1:]) for name, array in inputs.items()}, *files)
+    text = proving_script(
+        entry["name"], entry["source"], entry["file"], entry["profile"], runs, float(model["golden_tolerance"])
+    )
+    (bundle / ENGINES_FOLDER / f"{entry['name']}.sh").write_text(text, encoding="utf-8")
 
 
 # --- golden samples ---------------------------------------------------------------------------------
@@ -239,6 +324,7 @@ def write_manifest(
     processing: dict[str, Any],
     chosen: str,
     models: dict[str, dict[str, Any]],
+    engines: list[dict[str, Any]],
     golden: dict[str, Any],
 ) -> None:
     """`bundle.json`: the contract, and the SHA-256 of every other file. No times and no paths of this machine."""
@@ -257,6 +343,7 @@ def write_manifest(
             "processing": processing,
             "chosen": chosen,
             "models": models,
+            "engines": engines,
             "golden": golden,
             "backbone": backbone,
             "files": digest_files(bundle),
@@ -288,7 +375,7 @@ The {metric} differs from the reference's by {chosen["metric_difference"]:+.4f},
 on the machine that built this, with {evidence["threads"]} threads; another one differs.
 
 {gates_table(evidence, chosen["name"])}
-
+{engines_table(evidence)}
 ## Use
 
     pipeline verify BUNDLE              # digests, and {len(samples)} golden samples on this device
@@ -324,6 +411,24 @@ def gates_table(evidence: dict[str, Any], candidate: str) -> str:
     head = ["| gate | verdict | found |", "| --- | --- | --- |"]
     gates = [gate for gate in evidence["gates"] if gate["subject"] == candidate]
     return "\n".join([*head, *(f"| {gate['name']} | {gate['verdict']} | {plain(gate['message'])} |" for gate in gates)])
+
+
+def engines_table(evidence: dict[str, Any]) -> str:
+    """The engines by target and what proves them; nothing where there is none."""
+    engines = [entry for entry in evidence["engines"] if entry["ships_for"]]
+    if not engines:
+        return ""
+    rows = [
+        f"| {', '.join(one['ships_for'])} | {one['name']} | {one['runtime']} {one['library_version'] or ''} | "
+        f"{one['size_bytes'] or 'built on the device'} | {one['status']} |"
+        for one in engines
+    ]
+    head = ["| target | engine | library, exactly | size (bytes) | on the device |", "| --- | --- | --- | --- | --- |"]
+    how = (
+        "`sh engines/<name>.sh FOLDER` runs an engine on its device with trtexec, and "
+        "`pipeline verify BUNDLE --proof FOLDER --receipt receipt.json` says what came of it."
+    )
+    return "\n## Engines\n\n" + "\n".join([*head, *rows, "", how]) + "\n"
 
 
 def plain(text: str) -> str:

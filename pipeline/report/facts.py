@@ -75,6 +75,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """One engine that is shipped, with the targets it is shipped for. Size in bytes."""
+
+    name: str
+    targets: str
+    library: str
+    size_bytes: float | None
+    proven: bool
+    mends: str
+
+    @property
+    def status(self) -> str:
+        """PROVEN by the receipt of a device, or UNPROVEN."""
+        return "PROVEN" if self.proven else "UNPROVEN"
+
+
+@dataclass(frozen=True)
 class Facts:
     """The record of a run (`run.json`) and what follows from it."""
 
@@ -157,6 +174,28 @@ class Facts:
             found += [("validate", str(item.get("name") or ""), str(why)) for why in sequence(item.get("over_limits"))]
         return found
 
+    @cached_property
+    def engines(self) -> list[Engine]:
+        """The engines that are shipped, as validate listed them."""
+        return [
+            Engine(
+                name=str(item.get("name") or "unnamed"),
+                targets=", ".join(map(str, sequence(item.get("ships_for")))),
+                library=f"{item.get('runtime', '')} {item.get('library_version') or ''}".strip(),
+                size_bytes=number(item.get("size_bytes")),
+                proven=item.get("status") == "PROVEN",
+                mends=", ".join(map(str, sequence(item.get("mends")))),
+            )
+            for item in records(self.measured("validate").get("engines"))
+            if sequence(item.get("ships_for"))
+        ]
+
+    @property
+    def unproven_sentence(self) -> str:
+        """Which engines nothing has proven on their devices, or nothing."""
+        left = [engine.targets for engine in self.engines if not engine.proven]
+        return f"engines for {', '.join(left)} UNPROVEN on their devices" if left else ""
+
     @property
     def disturbed(self) -> bool:
         """Whether other processes used the cores while times were measured."""
@@ -195,7 +234,8 @@ class Facts:
         if self.status != "passed":
             return "Not shipped: the run failed before a stage could run"
         if self.verdict == "pass" and self.chosen:
-            return f"Ready to ship: {self.chosen.name}"
+            unproven = f"; {self.unproven_sentence}" if self.unproven_sentence else ""
+            return f"Ready to ship: {self.chosen.name}{unproven}"
         if self.packed:
             return "Packed without evidence: no candidate was measured or no gate was checked"
         done = [str(stage.get("name")) for stage in self.stages if stage.get("status") in ("ran", "fresh")]

@@ -171,7 +171,7 @@ def problem_section(facts: Facts) -> Html:
 
 
 def candidates_section(facts: Facts) -> Html:
-    """Accuracy against latency, the table, and what quantize left out."""
+    """Accuracy against latency, the table, the engines, and what quantize left out."""
     parts = []
     if facts.candidates:
         validated = facts.measured("validate")
@@ -180,6 +180,8 @@ def candidates_section(facts: Facts) -> Html:
         measured = f"Measured on {samples:,.0f} held-out examples" if samples else "Measured on held-out examples"
         hint = f"{measured}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
         parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
+    if facts.engines:
+        parts.append(engine_table(facts))
     if facts.left_out:
         parts.append(element("p", "Left out:", class_="hint"))
         rows = [
@@ -188,6 +190,24 @@ def candidates_section(facts: Facts) -> Html:
         ]
         parts.append(element("ul", *rows, class_="notes"))
     return join(parts)
+
+
+def engine_table(facts: Facts) -> Html:
+    """The engines that are shipped, by target; what nothing has proven is named so."""
+    rows = [
+        element(
+            "tr",
+            element("th", shorten(one.targets, 80), scope="row"),
+            element("td", shorten(one.name, 80)),
+            element("td", shorten(one.library, 60)),
+            element("td", format_bytes(one.size_bytes)),
+            element("td", chip(*(("✓ PROVEN", "pass") if one.proven else ("◐ UNPROVEN", "partial")))),
+            element("td", shorten(one.mends, 200)),
+        )
+        for one in facts.engines
+    ]
+    heads = ("Target", "Engine", "Library", "Size", "On the device", "Mended")
+    return join([element("h3", "Engines"), table("Engines", heads, rows)])
 
 
 def candidate_plot(facts: Facts) -> Html:

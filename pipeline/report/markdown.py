@@ -113,6 +113,21 @@ def candidates(facts: Facts) -> str:
         metric = markdown_text(capitalized(facts.metric), 40)
         heads = ("Candidate", metric, "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size", "Gates")
         parts.append("### Candidates\n\n" + table(heads, rows, range(1, 8)))
+    if facts.engines:
+        rows = [
+            [
+                markdown_text(one.targets, 80),
+                markdown_text(one.name, 80),
+                markdown_text(one.library, 60),
+                format_bytes(one.size_bytes),
+                f"{BADGES['pass' if one.proven else 'partial']} {one.status}",
+                markdown_text(one.mends, 120),
+            ]
+            for one in facts.engines[:MAX_ROWS]
+        ]
+        parts.append(
+            "### Engines\n\n" + table(("Target", "Engine", "Library", "Size", "On the device", "Mended"), rows, (3,))
+        )
     parts += [
         f"Left out by {stage}: **{markdown_text(name, 60)}**: {markdown_text(reason, 300)}"
         for stage, name, reason in facts.left_out[:10]

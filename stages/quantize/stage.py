@@ -2,7 +2,8 @@
 
 Reads: export's `onnx-fp32.onnx`, merge-lora's `checkpoint/` (the reference), the calibration split, and the
 validation split to judge by.
-Writes: `onnx-int8-static.onnx` and so on, one a scheme (only those inside the budget), `candidates.json`.
+Writes: `onnx-int8-static.onnx` and so on, one a scheme (only those inside the budget), `candidates.json`; their
+engines, where export was asked for engines.
 Gates: at least one candidate is inside the budget.
 Fails when: the quantizer refuses the graph or leaves it as it was, or calibration meets NaN or infinity.
 """
@@ -33,6 +34,7 @@ from stages.base import (
 )
 from stages.candidates import Candidate, check_label, write_candidates
 from stages.data.splits import SplitName
+from stages.engines import ENGINE_PACKAGES, EngineReport, asked_engines, build_engines
 from stages.gate import Gate, GateResult
 from stages.quantize.calibration import BATCH_SIZES, Method, calibrate_ranges
 from stages.quantize.qdq import Form, Layout, compute_nodes, quantizable_nodes, quantize_graph
@@ -141,7 +143,7 @@ class Quantize:
     config_type = QuantizeConfig
     consumes = ("merge-lora", "export")
     splits: tuple[SplitName, ...] = ("calibration", "validation")
-    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES)
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, *ENGINE_PACKAGES)
     machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: QuantizeConfig) -> StageResult:
@@ -156,7 +158,19 @@ class Quantize:
         write_candidates(context.output, candidates)
         measurements = {"candidates": [candidate.summary() for candidate in candidates], "samples": samples}
         gates = (gate_of(candidates, samples),) if candidates else ()
-        return StageResult(gates, measurements, tuple(map(note_of, candidates)))
+        engines = engines_of(context, bench.checkpoint, candidates) if candidates else EngineReport()
+        if engines.engines or engines.left_out:
+            measurements |= engines.summary()
+        return StageResult(gates, measurements, (*map(note_of, candidates), *engines.notes()))
+
+
+def engines_of(context: StageContext, checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> EngineReport:
+    """The engines of what was made, where export was asked for engines."""
+    request = asked_engines(context.inputs["export"])
+    if request is None:
+        return EngineReport()
+    contents = [one.content for one in context.data["validation"][:BATCH_SIZE]]
+    return build_engines(context, request, candidates, [checkpoint.processing.arrays(contents)])
 
 
 def gate_of(candidates: Sequence[Candidate], samples: int) -> GateResult:

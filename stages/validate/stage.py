@@ -3,8 +3,8 @@
 Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split.
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen.
 Gates: enough samples; for each candidate outputs that can be compared, metric drop, agreement and numeric
-error by precision; a candidate inside the limits on latency and size, where they are set. No evidence is never a
-pass.
+error by precision; a candidate inside the limits on latency and size, where they are set; where engines are asked for,
+one for each target, proven on its device. No evidence is never a pass.
 Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
 """
 
@@ -20,7 +20,7 @@ from pydantic import Field
 from models.errors import IntegrityError
 from models.tasks import task_of
 from models.tasks.single_label import SingleLabel
-from stages.artifact import sha256_of_file, write_json
+from stages.artifact import digest_of, sha256_of_file, write_json
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
@@ -34,6 +34,14 @@ from stages.candidates import Candidate, read_candidates
 from stages.data.splits import SplitName
 from stages.gate import Gate, GateResult
 from stages.latency import OtherWork, is_disturbed, speedup_of
+from stages.validate.engines import (
+    EngineRule,
+    add_receipts,
+    choose_engines,
+    engine_gates,
+    engine_notes,
+    measured_engines,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,6 +121,13 @@ class GatesConfig(StageConfig):
         default=None, gt=0, description="Limit: largest model, with its external weights (bytes)."
     )
 
+    engines: EngineRule = Field(
+        default="require-receipt",
+        description="Engines run on devices that this machine is not. require-receipt: each that is shipped has the "
+        "receipt of a device (receipts) with its digest; allow-unproven: it may be packed without one, and is named "
+        "UNPROVEN wherever it is named.",
+    )
+
     def agreement_of(self, precision: str) -> float:
         """The share of samples that a candidate of this precision must agree on."""
         if precision != "int8":
@@ -134,7 +149,15 @@ class ValidateConfig(StageConfig):
         default=32, ge=1, description="Batch size of the metric and throughput measurements (number)."
     )
     latency_calls: int = Field(default=100, ge=20, description="Timed calls of each runtime at batch 1 (number).")
+    receipts: tuple[str, ...] = Field(
+        default=(), description="Files of `pipeline verify --receipt`, from the devices that engines are built for."
+    )
     gates: GatesConfig = Field(default_factory=GatesConfig, description="Thresholds.")
+
+    def outside(self) -> dict[str, str]:
+        """What the receipts hold, wherever they lie."""
+        found = [sha256_of_file(Path(file)) if Path(file).is_file() else "missing" for file in self.receipts]
+        return {"receipts": digest_of(found)}
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,10 @@ class Validate:
             gates += results
         chosen = choose(evidence["candidates"], config.objective)
         gates += choice_gates(evidence["candidates"], chosen, config.gates)
+        evidence["engines"] = engines = measured_engines(context)
+        add_receipts(engines, evidence["candidates"], [Path(file) for file in config.receipts])
+        targets = choose_engines(context, engines, ranked(evidence["candidates"], config.objective))
+        gates += engine_gates(engines, targets, config.gates.engines)
         evidence |= {
             "objective": config.objective,
             "chosen": chosen,
@@ -369,17 +396,19 @@ def choice_gates(entries: list[dict[str, Any]], chosen: str | None, gates: Gates
 
 
 def choose(entries: list[dict[str, Any]], objective: str) -> str | None:
-    """The best of those that passed and keep the limits; of equals the faster, then the smaller one. None where there
-    is none."""
+    """The best of those that may be shipped, or None where there is none."""
+    return next(iter(ranked(entries, objective)), None)
+
+
+def ranked(entries: list[dict[str, Any]], objective: str) -> list[str]:
+    """The names of those that passed and keep the limits, the best first; of equals the faster, then the smaller."""
     sign = -1 if objective == "accuracy" else 1
     eligible = [entry for entry in entries if entry["passed"] and not entry["over_limits"]]
-    if not eligible:
-        return None
 
     def rank(entry: dict[str, Any]) -> tuple[float, float, float]:
         return sign * entry[OBJECTIVES[objective]], entry["latency_ms_p50"], entry["size_bytes"]
 
-    return str(min(eligible, key=rank)["name"])
+    return [str(entry["name"]) for entry in sorted(eligible, key=rank)]
 
 
 def confusion(
@@ -418,4 +447,4 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
             f"{evidence['threads']} threads that were measured"
         )
-    return [*lines, f"chosen for {evidence['objective']}: {evidence['chosen'] or 'none'}"]
+    return [*lines, f"chosen for {evidence['objective']}: {evidence['chosen'] or 'none'}", *engine_notes(evidence)]

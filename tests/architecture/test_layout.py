@@ -34,6 +34,7 @@ NETWORK_MODULES = {"models/backbones/from_hf.py", "models/backbones/from_timm.py
 EDGE_MODULES = (
     "models/__init__.py",
     "models/bundle.py",
+    "models/engines/receipt.py",
     "models/errors.py",
     "models/spec.py",
     "models/modalities/__init__.py",

@@ -108,7 +108,8 @@ def test_a_node_is_named_by_its_weight_and_else_by_the_innermost_module() -> Non
         helper.make_node("MatMul", ["a", "val_1"], ["b"]),
         helper.make_node("Relu", ["b"], ["y"]),
     ]
-    for node, scopes in zip(nodes[:2], (["", "bn", "norm"], ["", "block", "block.query", "linear"]), strict=True):
+    noted = (["", "bn", "norm"], ["", "block", "block.query", "linear"], ["_empty_nn_module_stack", "relu"])
+    for node, scopes in zip(nodes, noted, strict=True):
         node.metadata_props.add(key=EXPORTER_SCOPES, value=repr(scopes))
         node.metadata_props.add(key="stack_trace", value="a path of this machine")
     model = graph_of(nodes, {"stem.weight": ones(1, 1, 1, 1), "val_1": ones(4, 4)}, [1, 1, 4, 4])

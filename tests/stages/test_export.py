@@ -368,4 +368,4 @@ def test_an_export_that_fails_twice_says_both_reasons(monkeypatch: pytest.Monkey
 
 def test_the_configuration_refuses_other_formats() -> None:
     with pytest.raises(ValueError, match="onnx"):
-        ExportConfig(formats=("tensorrt",))  # type: ignore[arg-type]
+        ExportConfig(formats=("coreml",))  # type: ignore[arg-type]

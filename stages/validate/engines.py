@@ -1,0 +1,150 @@
+"""Engines among the candidates: which are shipped for which target, and what proves them.
+
+Nothing here runs an engine: it is built for a device that this machine is not. Its candidate's ONNX file is measured
+like any other; of the engine itself there is no evidence but a receipt from its device. Without one it is UNPROVEN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from models.engines.receipt import Receipt, read_receipt
+from models.engines.targets import Target, target_of
+from models.errors import IntegrityError
+from stages.artifact import sha256_of_file
+from stages.base import StageContext
+from stages.engines import UNPROVEN, asked_engines, read_engines
+from stages.gate import Gate, GateResult
+
+EngineRule = Literal["require-receipt", "allow-unproven"]
+PROVEN = "PROVEN"
+
+
+def measured_engines(context: StageContext) -> list[dict[str, Any]]:
+    """An entry for each engine of export and quantize, with the digests of its files as they are now.
+
+    Raises:
+        IntegrityError: a file is not as its stage recorded it.
+    """
+    entries = []
+    for stage in ("export", "quantize"):
+        artifact = context.inputs[stage]
+        for engine in read_engines(artifact):
+            files = {}
+            for name in engine.files:
+                files[name] = sha256_of_file(artifact.file(name))
+                if files[name] != artifact.manifest["files"][name]:
+                    raise IntegrityError(
+                        f"{artifact.folder / name} has changed since {stage} wrote it; run {stage} again"
+                    )
+            entry = asdict(engine)
+            del entry["build_seconds"]
+            entries.append(
+                {**entry, "stage": stage, "files": files, "status": UNPROVEN, "ships_for": [], "receipts": {}}
+            )
+    return entries
+
+
+def add_receipts(engines: list[dict[str, Any]], candidates: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
+    """Put each receipt beside its engine, under the target that it comes from.
+
+    Raises:
+        ConfigError: a file is missing.
+        IntegrityError: a receipt is none, or of other bytes than those of this run.
+    """
+    ranges = {entry["name"]: entry["logit_range"] for entry in candidates}
+    known = {entry["name"]: entry for entry in engines}
+    for path in paths:
+        receipt = read_receipt(path)
+        entry = known.get(receipt.engine)
+        if entry is None or receipt.target not in entry["targets"]:
+            raise IntegrityError(
+                f"{path} is about the engine {receipt.engine} on {receipt.target}, which this run has not; "
+                f"it has {', '.join(known) or 'none'}"
+            )
+        built = entry["sha256"] is None or receipt.engine_sha256 == entry["sha256"]
+        if receipt.onnx_sha256 != entry["onnx_sha256"] or not built:
+            what = "engine" if not built else "ONNX file"
+            raise IntegrityError(
+                f"{path} is about another {what} than this run's {receipt.engine}: its SHA-256 differs"
+            )
+        check_version(path, receipt, target_of(receipt.target))
+        error, span = receipt.max_abs_error, ranges[entry["candidate"]]
+        share = error / span if error is not None and span else None
+        entry["receipts"][receipt.target] = {**receipt.to_dict(), "relative_error": share}
+
+
+def check_version(path: Path, receipt: Receipt, target: Target) -> None:
+    """Raises `IntegrityError` where another version of the library ran than the target has."""
+    known = [part for part in target.versions.split() if part != "or"]
+    if not any(f"{receipt.library_version}.".startswith(f"{short}.") for short in map(release_of, known)):
+        raise IntegrityError(
+            f"{path}: TensorRT {receipt.library_version} ran, and {target.name} has {target.versions}; "
+            "build and prove the engine with that one"
+        )
+
+
+def release_of(version: str) -> str:
+    """The parts of a version that trtexec's banner names: three at most."""
+    return ".".join(version.split(".")[:3])
+
+
+def choose_engines(context: StageContext, engines: list[dict[str, Any]], ranked: Sequence[str]) -> tuple[str, ...]:
+    """Fill in which engine is shipped for which target: that of the best candidate that has one. The asked targets."""
+    request = asked_engines(context.inputs["export"])
+    targets = request.targets if request else ()
+    for target in targets:
+        fitting = [entry for entry in engines if target in entry["targets"] and entry["candidate"] in ranked]
+        if fitting:
+            best = min(fitting, key=lambda entry: ranked.index(entry["candidate"]))
+            best["ships_for"].append(target)
+    return targets
+
+
+def engine_gates(engines: list[dict[str, Any]], targets: Sequence[str], rule: EngineRule) -> list[GateResult]:
+    """Each target gets an engine, what receipts say of it holds, and where receipts are required it has one. Fills in
+    `status`: PROVEN only where every target that an engine is shipped for has a receipt whose outputs hold."""
+    shipped = [entry for entry in engines if entry["ships_for"]]
+    served = [target for entry in shipped for target in entry["ships_for"]]
+    there = Gate("an engine can ship", "at least", 1.0, "engines")
+    detail = "no candidate that passed has an engine for it"
+    results = [
+        there.check(target, float(served.count(target)), detail="" if target in served else detail)
+        for target in targets
+    ]
+    for entry in shipped:
+        parity = Gate("engine parity", "at most", entry["tolerance"], "of the output range")
+        found = [
+            parity.check(f"{entry['name']} on {target}", receipt["relative_error"], receipt["samples"])
+            for target, receipt in entry["receipts"].items()
+        ]
+        proven = set(entry["ships_for"]) <= entry["receipts"].keys() and all(one.passed for one in found)
+        entry["status"] = PROVEN if proven else UNPROVEN
+        results += found
+        if rule == "require-receipt":
+            there = Gate("engine has a receipt", "at least", 1.0, "receipts")
+            for target in entry["ships_for"]:
+                good = target in entry["receipts"]
+                results.append(
+                    there.check(f"{entry['name']} on {target}", float(good), detail="" if good else HOW_TO_PROVE)
+                )
+    return results
+
+
+HOW_TO_PROVE = (
+    f"{UNPROVEN}. Pack a bundle with validate.gates.engines: allow-unproven, run its script engines/<name>.sh on the "
+    "device, make a receipt there (pipeline verify BUNDLE --proof FOLDER --receipt receipt.json), and give it to "
+    "pipeline validate --receipt"
+)
+
+
+def engine_notes(evidence: dict[str, Any]) -> list[str]:
+    """One line a shipped engine."""
+    return [
+        f"engine for {', '.join(entry['ships_for'])}: {entry['name']}, {entry['status']}"
+        for entry in evidence["engines"]
+        if entry["ships_for"]
+    ]
