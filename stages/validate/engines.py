@@ -92,15 +92,24 @@ def release_of(version: str) -> str:
     return ".".join(version.split(".")[:3])
 
 
-def choose_engines(context: StageContext, engines: list[dict[str, Any]], ranked: Sequence[str]) -> tuple[str, ...]:
-    """Fill in which engine is shipped for which target: that of the best candidate that has one. The asked targets."""
+def choose_engines(
+    context: StageContext, engines: list[dict[str, Any]], ranked: Sequence[str], objective: str
+) -> tuple[str, ...]:
+    """Fill in which engine is shipped for which target: that of the best candidate that has one. The asked targets.
+
+    For size it is the smallest engine: INT8 ones may be larger than FP16 ones (EfficientNet-Lite0: 9.8 and 7.5 MB).
+    """
+
+    def rank(entry: dict[str, Any]) -> tuple[int, int]:
+        size = entry["size_bytes"] or 0 if objective == "size" else 0
+        return size, ranked.index(entry["candidate"])
+
     request = asked_engines(context.inputs["export"])
     targets = request.targets if request else ()
     for target in targets:
         fitting = [entry for entry in engines if target in entry["targets"] and entry["candidate"] in ranked]
         if fitting:
-            best = min(fitting, key=lambda entry: ranked.index(entry["candidate"]))
-            best["ships_for"].append(target)
+            min(fitting, key=rank)["ships_for"].append(target)
     return targets
 
 

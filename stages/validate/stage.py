@@ -207,7 +207,8 @@ class Validate:
         gates += choice_gates(evidence["candidates"], chosen, config.gates)
         evidence["engines"] = engines = measured_engines(context)
         add_receipts(engines, evidence["candidates"], [Path(file) for file in config.receipts])
-        targets = choose_engines(context, engines, ranked(evidence["candidates"], config.objective))
+        order = ranked(evidence["candidates"], config.objective)
+        targets = choose_engines(context, engines, order, config.objective)
         gates += engine_gates(engines, targets, config.gates.engines)
         evidence |= {
             "objective": config.objective,

@@ -346,6 +346,28 @@ def test_empty_record_still_reports() -> None:
     assert ElementTree.fromstring(junit).get("tests") == "0"
 
 
+@pytest.mark.parametrize("status", ["UNPROVEN", "PROVEN"])
+def test_an_engine_is_named_with_what_proves_it(status: str) -> None:
+    run = passing_run()
+    digest = "0" * 64
+    engine = {
+        "name": "onnx-fp16.sm86-sm89", "candidate": "onnx-fp16", "sha256": digest, "size_bytes": 7.5e6,
+        "status": status, "targets": ["sm86", "sm89"], "ships_for": ["sm86"], "runtime": "tensorrt-rtx",
+        "library_version": "1.7.1.116", "onnx_sha256": digest, "mends": ["zero points became 0 (3 nodes)"],
+    }  # fmt: skip
+    left = engine | {"name": "onnx-fp32.sm86", "ships_for": []}
+    run["stages"][4]["measurements"]["engines"] = [engine, left]
+    assert validate_run(run) == []
+    html, markdown, _, printed = render_all(run)
+    for report in (Page(html).text, markdown, printed):
+        assert ("UNPROVEN" in report) is (status == "UNPROVEN")
+    for report in (Page(html).text, markdown):
+        assert "onnx-fp16.sm86-sm89" in report and "zero points became 0" in report
+        assert "onnx-fp32.sm86" not in report  # it is not shipped
+    headline = Facts(run).headline
+    assert headline.startswith("Ready to ship") and ("sm86 UNPROVEN" in headline) is (status == "UNPROVEN")
+
+
 def test_markdown_fits_a_comment_whatever_the_run_holds() -> None:
     run = passing_run()
     run["stages"][4]["gates"] = [gate("&" * 200, "<" * 200, 1.0, "at most", 0.0, "@" * 50) for _ in range(5000)]

@@ -21,8 +21,10 @@ from stages.candidates import Candidate, read_candidates, write_candidates
 from stages.engines import EngineBuildConfig, EngineRequest, build_engines, read_engines, request_engines
 from stages.export import Export, ExportConfig, opset_for
 from stages.package import Package, PackageConfig
+from stages.quantize import Quantize, QuantizeConfig
 from stages.validate import Validate, ValidateConfig
 from stages.validate.engines import choose_engines
+from tests.models.tiny import TIMM, image_backbone, saved_checkpoint
 from tests.stages.chain import artifact_of, context_of, made, temporary_folder
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="the rtx extra is not installed")
@@ -200,8 +202,12 @@ def test_each_target_ships_the_engine_of_the_best_candidate_that_has_one() -> No
     assert shipped == dict.fromkeys(ASKED["targets"], evidence["chosen"])
     engines = [{**one, "ships_for": []} for one in evidence["engines"]]
     context = context_of(temporary_folder(), with_engines(), TASK)
-    choose_engines(context, engines, ["onnx-int8-dynamic", "onnx-fp32", "onnx-fp16"])  # the best has no engine
+    order = ["onnx-int8-dynamic", "onnx-fp32", "onnx-fp16"]
+    choose_engines(context, engines, order, "latency")  # the best has no engine
     assert {one["candidate"] for one in engines if one["ships_for"]} == {"onnx-fp32"}
+    engines = [{**one, "ships_for": []} for one in engines]
+    choose_engines(context, engines, order, "size")  # that of the engines, not of their ONNX files
+    assert {one["candidate"] for one in engines if one["ships_for"]} == {"onnx-fp16"}
 
 
 @needs_rtx
@@ -261,3 +267,33 @@ def test_an_engine_that_was_changed_is_refused(tmp_path: Path) -> None:
         Validate().run(context_of(tmp_path / "validate", changed, TASK), validate_config("allow-unproven"))
     with pytest.raises(IntegrityError, match="not the engine that validate listed"):
         Package().run(context_of(tmp_path / "package", changed, TASK), PackageConfig(name="tiny"))
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_a_real_network_has_an_engine_in_every_precision(tmp_path: Path) -> None:
+    """EfficientNet-Lite0 with random weights at 64 px: export and quantize, each with the engines of its own files."""
+    lite = {**TIMM, "name": "tf_efficientnet_lite0"}
+    saved_checkpoint(tmp_path / "merge-lora/checkpoint", image_backbone(lite, 64))
+    artifacts = {"merge-lora": artifact_of("merge-lora", tmp_path / "merge-lora")}
+    config = ExportConfig.model_validate({**ASKED, "profile": {"batch": [1, 1, 4]}})
+    Export().run(context_of(tmp_path / "export", artifacts), config)
+    artifacts["export"] = artifact_of("export", tmp_path / "export")
+    context = context_of(tmp_path / "quantize", artifacts)
+    examples = context.data["validation"][:16]
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), examples)
+    context = replace(context, data=replace(context.data, splits=splits))
+    settings = {"layout": "tensorrt", "keep_float": "none", "max_metric_drop": 1, "min_agreement": 0}
+    result = Quantize().run(context, QuantizeConfig.model_validate({"schemes": ["int8-static"], **settings}))
+    artifacts["quantize"] = artifact_of("quantize", tmp_path / "quantize")
+    engines = {one.name: one for stage in ("export", "quantize") for one in read_engines(artifacts[stage])}
+    assert set(engines) == {
+        f"onnx-{precision}.{targets}"
+        for precision in ("fp32", "fp16", "int8-static")
+        for targets in ("sm75", "sm86-sm89")
+    }
+    sizes = {name: engines[f"onnx-{name}.sm86-sm89"].size_bytes or 0 for name in ("fp32", "fp16", "int8-static")}
+    # The INT8 engine is larger than the FP16 one (9.8 against 7.5 MB), unlike their ONNX files.
+    assert 0 < sizes["fp16"] < sizes["int8-static"] < sizes["fp32"]
+    assert engines["onnx-int8-static.sm86-sm89"].mends == ()  # that layout is the one that the parser reads
+    assert len(result.measurements["engines"]) == 2
