@@ -56,8 +56,11 @@ def name_modules(model: onnx.ModelProto) -> None:
 
 
 def module_of(node: onnx.NodeProto) -> str:
-    """The path of the module that a node comes from, empty where the graph does not say: the owner of its weights, which
-    keep their names through optimizers whose new nodes have no note of export, else what export has noted."""
+    """The path of the module that a node comes from, empty where the graph does not say.
+
+    It is the owner of the node's weights, which keep their names through optimizers whose new nodes have no note of
+    export; else what export has noted.
+    """
     noted = [str(entry.value) for entry in node.metadata_props if entry.key == MODULE]
     return next(iter(owners_of(node) + noted), "")
 
