@@ -357,7 +357,9 @@ def build_planned(
         )
         if problem:
             source.unlink()
-            return LeftOut(candidate.name, targets, f"{', '.join(map(str, plan.mended))}, and {problem}")
+            fixes = "; ".join(dict.fromkeys(one.fix for one in plan.mended))
+            reason = f"{', '.join(map(str, plan.mended))}, and {problem}; {fixes}"
+            return LeftOut(candidate.name, targets, reason)
     profile = profile_shapes(model, request.profile)
     capabilities = tuple(one.sm for one in plan.targets) if plan.targets[0].runtime == "tensorrt-rtx" else ()
     outcome = None

@@ -27,10 +27,12 @@ SMALLEST_FP16 = 2.0**-14
 
 @dataclass(frozen=True)
 class Mended:
-    """What was done: the mend, the nodes, and the modules of the network that they come from."""
+    """What was done: the mend, the nodes, the modules of the network that they come from, and what would have made it
+    unnecessary."""
 
     mend: MendName
     what: str
+    fix: str
     nodes: tuple[str, ...]
     modules: tuple[str, ...]
 
@@ -54,6 +56,7 @@ def mend_for(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, l
     """(a graph for the target, what was mended, what is left that it does not take); `model` itself is not changed."""
     findings = check_graph_for(model, target)
     nodes: dict[MendName, list[str]] = {}
+    fixes = {one.mend: one.fix for one in findings}
     for one in findings:
         if one.mend is not None and one.node not in nodes.setdefault(one.mend, []):
             nodes[one.mend].append(one.node)
@@ -66,7 +69,7 @@ def mend_for(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, l
         changed = MENDS[mend](mended, names)
         if changed:
             touched = tuple(dict.fromkeys(modules[name] for name in changed if modules[name]))
-            done.append(Mended(mend, WORDS[mend], tuple(changed), touched))
+            done.append(Mended(mend, WORDS[mend], fixes[mend], tuple(changed), touched))
     del mended.graph.value_info[:]
     return mended, done, check_graph_for(mended, target)
 
