@@ -208,6 +208,13 @@ def test_each_target_ships_the_engine_of_the_best_candidate_that_has_one() -> No
     engines = [{**one, "ships_for": []} for one in engines]
     choose_engines(context, engines, order, "size")  # that of the engines, not of their ONNX files
     assert {one["candidate"] for one in engines if one["ships_for"]} == {"onnx-fp16"}
+    engines = [{**one, "ships_for": [], "receipts": {}} for one in engines]
+    for one in engines:  # a device has proven one, and found another to be wrong
+        error = {"onnx-fp16.sm86-sm89": 0.01, "onnx-fp16.sm75": 0.5}.get(one["name"])
+        one["receipts"] = {} if error is None else {one["targets"][0]: {"relative_error": error}}
+    choose_engines(context, engines, order, "latency")
+    shipped = {target: one["candidate"] for one in engines for target in one["ships_for"]}
+    assert shipped == {"sm75": "onnx-fp32", "sm86": "onnx-fp16", "sm89": "onnx-fp32"}
 
 
 @needs_rtx
