@@ -1,5 +1,4 @@
-"""The image–text recipe with half of its epochs, run as a user runs it: real weights, the emoji and their names, real
-runtimes."""
+"""The image–text recipe, run as a user runs it: real weights, the emoji and their names, real runtimes."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. To be read, not changed."""
     folder = tmp_path_factory.mktemp("image-text") / "run"
-    shorter = ("--set", "finetune.epochs=6", "--set", "validate.latency_calls=20")
-    done = pipeline("all", "-c", RECIPE, "--run-dir", str(folder), *ONE_THREAD, *shorter)
+    options = ("--run-dir", str(folder), *ONE_THREAD, "--set", "validate.latency_calls=20")
+    done = pipeline("all", "-c", RECIPE, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -45,14 +44,15 @@ def test_pairs_that_were_never_seen_find_each_other(finished: Path) -> None:
 
 
 def test_contrastive_training_beats_the_frozen_towers(finished: Path, tmp_path: Path) -> None:
-    """On the test split, by recall at 5: at 1 a pair or two of 240 are the noise of a gain of a few points."""
+    """By recall at 1 on validation (with two seeds +.038 and +.046) and at 5 on test (+.065 and +.048), where at 1 240
+    pairs are too few for a gain of two points. Half of the epochs gain .008 and .021."""
     folder = str(tmp_path / "frozen")
     settings = ("strategy=feature-extraction", "locked_tower=null")
     options = [part for one in settings for part in ("--set", f"finetune.{one}")]
     assert pipeline("finetune", "-c", RECIPE, "--run-dir", folder, *options).returncode == 0
     trained = metrics_on_test(finished / "merge-lora/checkpoint")
     frozen = metrics_on_test(tmp_path / "frozen/finetune/checkpoint")
-    assert trained["recall@5"] >= frozen["recall@5"] + 0.015
+    assert trained["recall@5"] >= frozen["recall@5"] + 0.02
     finetune = measured(finished, "finetune")
     assert finetune["strategy"] == "lp-ft" and finetune["gain_over_probe"]["difference"] > 0
 
