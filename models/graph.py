@@ -55,6 +55,19 @@ def name_modules(model: onnx.ModelProto) -> None:
             node.metadata_props.add(key=MODULE, value=module)
 
 
+def carry_modules(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
+    """Name the modules of `target`, which somebody made of `source` and whose metadata they may have dropped, in place.
+
+    Nodes are matched by what they put out: ONNX Runtime's fusions keep the names of tensors, and not always the rest.
+    """
+    modules = {name: module_of(node) for node in source.graph.node for name in node.output}
+    for node in target.graph.node:
+        module = module_of(node) or next((modules[name] for name in node.output if modules.get(name)), "")
+        del node.metadata_props[:]
+        if module:
+            node.metadata_props.add(key=MODULE, value=module)
+
+
 def module_of(node: onnx.NodeProto) -> str:
     """The path of the module that a node comes from, empty where the graph does not say.
 

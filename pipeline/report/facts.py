@@ -73,6 +73,12 @@ class Candidate:
     chosen: bool
     numbers: dict[str, Any]
 
+    @property
+    def arithmetic(self) -> str:
+        """`int8 96%, fp32 4%`: the share of each precision in the multiply-accumulates of the file."""
+        shares = mapping(self.numbers.get("mac_shares")).items()
+        return ", ".join(f"{name} {value:.0%}" for name, share in shares if (value := number(share)) is not None)
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -195,6 +201,12 @@ class Facts:
         """Which engines nothing has proven on their devices, or nothing."""
         left = [engine.targets for engine in self.engines if not engine.proven]
         return f"engines for {', '.join(left)} UNPROVEN on their devices" if left else ""
+
+    @property
+    def unearned(self) -> list[tuple[str, str]]:
+        """(candidate, reason): of fewer bits, and no better for it than one in floating point."""
+        reasons = [(item.name, mapping(item.numbers.get("not_worth_it"))) for item in self.candidates]
+        return [(name, str(reason)) for name, found in reasons for reason in found.values()]
 
     @property
     def disturbed(self) -> bool:

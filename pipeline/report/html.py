@@ -24,6 +24,7 @@ from pipeline.report.formats import (
 )
 from pipeline.report.markup import Html, element, join, shorten
 from pipeline.report.parts import chip, scrolling, table
+from pipeline.report.precision import precision_section
 from pipeline.report.training import training_section
 
 VERDICT_WORDS = {"pass": "✓ passed", "fail": "✗ not shipped", "partial": "◐ incomplete"}
@@ -180,6 +181,10 @@ def candidates_section(facts: Facts) -> Html:
         measured = f"Measured on {samples:,.0f} held-out examples" if samples else "Measured on held-out examples"
         hint = f"{measured}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
         parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
+    if facts.unearned:
+        items = [element("li", element("strong", name), f": {reason}") for name, reason in facts.unearned]
+        parts.append(element("p", "Fewer bits that do not earn their place here:", class_="hint"))
+        parts.append(element("ul", *items, class_="notes"))
     if facts.engines:
         parts.append(engine_table(facts))
     if facts.left_out:
@@ -292,7 +297,7 @@ def candidate_table(facts: Facts) -> Html:
         rows.append(
             row(
                 item.name,
-                item.precision,
+                item.arithmetic or item.precision,
                 values,
                 chip(*(("✓ pass", "pass") if item.passed else ("✗ fail", "fail"))),
                 mark,
@@ -549,6 +554,7 @@ def footer(facts: Facts) -> Html:
 SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (
     ("problems", "What went wrong", problem_section),
     ("candidates", "Candidates", candidates_section),
+    ("precision", "Precision", precision_section),
     ("gates", "Gates", gates_section),
     ("parity", "Parity with PyTorch", parity_section),
     ("confusion", "Confusion matrix", confusion_section),

@@ -82,6 +82,7 @@ def candidates(facts: Facts) -> str:
         rows = [
             [
                 "PyTorch (reference)",
+                "fp32",
                 format_percent(values[0]),
                 MISSING,
                 MISSING,
@@ -100,6 +101,7 @@ def candidates(facts: Facts) -> str:
             rows.append(
                 [
                     f"**{name}**" if item.chosen else name,
+                    markdown_text(item.arithmetic or item.precision, 60),
                     format_percent(item.metric),
                     difference,
                     format_percent(item.agreement),
@@ -111,8 +113,11 @@ def candidates(facts: Facts) -> str:
                 ]
             )
         metric = markdown_text(capitalized(facts.metric), 40)
-        heads = ("Candidate", metric, "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size", "Gates")
-        parts.append("### Candidates\n\n" + table(heads, rows, range(1, 8)))
+        heads = (
+            "Candidate", "Arithmetic", metric, "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size",
+            "Gates",
+        )  # fmt: skip
+        parts.append("### Candidates\n\n" + table(heads, rows, range(2, 9)))
     if facts.engines:
         rows = [
             [
@@ -128,6 +133,10 @@ def candidates(facts: Facts) -> str:
         parts.append(
             "### Engines\n\n" + table(("Target", "Engine", "Library", "Size", "On the device", "Mended"), rows, (3,))
         )
+    parts += [
+        f"**{markdown_text(name, 60)}** does not earn its place here: {markdown_text(reason, 300)}"
+        for name, reason in facts.unearned[:10]
+    ]
     parts += [
         f"Left out by {stage}: **{markdown_text(name, 60)}**: {markdown_text(reason, 300)}"
         for stage, name, reason in facts.left_out[:10]

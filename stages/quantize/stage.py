@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from models.errors import QuantizeError
-from models.graph import Product, module_of, products_of, shares_of
+from models.graph import Product, carry_modules, module_of, products_of, shares_of
 from models.tasks import task_of
 from stages.base import (
     NETWORK_PACKAGES,
@@ -230,6 +230,7 @@ def prepare_graph(path: Path, scratch: Path) -> onnx.ModelProto:
     try:
         quant_pre_process(str(path), str(target), skip_symbolic_shape=True)
         model = onnx.load(str(target))
+        carry_modules(onnx.load(str(path)), model)
     except quantizer_errors() as error:
         message = f"ONNX Runtime's quantizer refuses {path.name}: {error}; set quantize.schemes: [] to go without INT8"
         raise QuantizeError(message) from error

@@ -58,6 +58,9 @@ AGREEMENT_INT8 = 0.94
 LATENCY_SAMPLES = 8
 """Different real samples that the timed calls take in turn."""
 
+FLOATS = ("fp32", "fp16")
+"""Precisions that lose next to nothing: what has fewer bits must be better than these at what is asked for."""
+
 OBJECTIVES = {"latency": "latency_ms_p50", "size": "size_bytes", "accuracy": "metric"}
 
 
@@ -203,6 +206,8 @@ class Validate:
             entry["passed"] = all(result.passed for result in results)
             entry["over_limits"] = over_limits(entry, config.gates)
             gates += results
+        for entry in evidence["candidates"]:
+            entry["not_worth_it"] = not_worth_it(entry, evidence["candidates"])
         chosen = choose(evidence["candidates"], config.objective)
         gates += choice_gates(evidence["candidates"], chosen, config.gates)
         evidence["engines"] = engines = measured_engines(context)
@@ -310,6 +315,7 @@ def assemble(
                 "file": one.candidate.file,
                 "files": one.files,
                 "sha256": one.files[one.candidate.file],
+                "mac_shares": one.candidate.measurements.get("mac_shares", {}),
                 "size_bytes": sum(one.artifact.file(name).stat().st_size for name in one.files),
                 **compare(outputs[one.candidate.name], outputs[REFERENCE], targets, task),
                 **times,
@@ -396,9 +402,31 @@ def choice_gates(entries: list[dict[str, Any]], chosen: str | None, gates: Gates
     return results
 
 
+def not_worth_it(entry: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, str]:
+    """Objective → why a candidate of fewer bits is no better at it than one in floating point that may ship too.
+
+    Faster is what the paired turns show, not what two medians happen to say: a tie goes to floating point, which is
+    nearer to the reference. Empty for floating point itself, and where none of it may ship.
+    """
+    floats = [one for one in entries if one["precision"] in FLOATS and one["passed"] and not one["over_limits"]]
+    if entry["precision"] in FLOATS or not floats or not entry["turns_ms"]:
+        return {}
+    found = {}
+    fastest = min(floats, key=lambda one: float(one["latency_ms_p50"]))
+    ratio, (low, _) = speedup_of(fastest["turns_ms"], entry["turns_ms"])
+    if low <= 1:
+        found["latency"] = f"not faster than {fastest['name']}: {ratio:.2f}× its speed, {low:.2f}× at least"
+    smallest = min(floats, key=lambda one: int(one["size_bytes"]))
+    if entry["size_bytes"] >= smallest["size_bytes"]:
+        sizes = (f"{one['size_bytes'] / 1e6:.1f} MB" for one in (entry, smallest))
+        found["size"] = f"not smaller than {smallest['name']}: {' against '.join(sizes)}"
+    return found
+
+
 def choose(entries: list[dict[str, Any]], objective: str) -> str | None:
-    """The best of those that may be shipped, or None where there is none."""
-    return next(iter(ranked(entries, objective)), None)
+    """The best of those that may be shipped and are worth their lower precision, or None where there is none."""
+    worth = {entry["name"] for entry in entries if objective not in entry["not_worth_it"]}
+    return next((name for name in ranked(entries, objective) if name in worth), None)
 
 
 def ranked(entries: list[dict[str, Any]], objective: str) -> list[str]:
@@ -443,6 +471,8 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
         )
         lines += [f"{entry['name']} is left out: {reason}" for reason in entry["over_limits"]]
+        if entry["not_worth_it"]:
+            lines.append(f"{entry['name']} does not earn its place here: {'; '.join(entry['not_worth_it'].values())}")
     if evidence["disturbed"]:
         lines.append(
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "

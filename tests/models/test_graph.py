@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from models.graph import EXPORTER_SCOPES, module_of, name_modules, products_of, shares_of
+from models.graph import EXPORTER_SCOPES, MODULE, carry_modules, module_of, name_modules, products_of, shares_of
 
 
 def graph_of(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], dims: list[Any]) -> onnx.ModelProto:
@@ -116,3 +116,13 @@ def test_a_node_is_named_by_its_weight_and_else_by_the_innermost_module() -> Non
     name_modules(model)
     assert [module_of(node) for node in model.graph.node] == ["stem", "block.query", ""]
     assert [len(node.metadata_props) for node in model.graph.node] == [1, 1, 0]
+
+
+def test_modules_are_carried_over_by_the_names_of_tensors() -> None:
+    """ONNX Runtime's preprocessing drops the metadata of some graphs (EfficientNet-Lite0) and keeps that of others."""
+    source = graph_of([helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Relu", ["a"], ["y"])], {}, [1, 4])
+    for node, module in zip(source.graph.node, ("first", "second"), strict=True):
+        node.metadata_props.add(key=MODULE, value=module)
+    fused = graph_of([helper.make_node("Clip", ["x"], ["y"]), helper.make_node("Relu", ["y"], ["new"])], {}, [1, 4])
+    carry_modules(source, fused)
+    assert [module_of(node) for node in fused.graph.node] == ["second", ""]

@@ -127,6 +127,8 @@ def candidate(
         "throughput_per_s": round(1150 / p50, 2),
         "speedup": round(24.6 / p50, 4),
         "passed": passed,
+        "mac_shares": {"int8": 0.96, "fp32": 0.04} if precision == "int8" else {precision: 1.0},
+        "not_worth_it": {},
         "error_histogram": {"edges": edges, "counts": counts},
     }
 
@@ -227,7 +229,19 @@ def passing_run() -> dict[str, Any]:
                 "accepted": True,
                 "reason": "",
                 "metric": 0.858,
+                "metric_name": "accuracy",
                 "reference_metric": 0.861,
+                "share_int8_macs": 0.96,
+                "mac_shares": {"int8": 0.96, "fp32": 0.04},
+                "float_modules": ["blocks.1.0.conv_dw"],
+                "tried": [
+                    {"float_nodes": 0, "metric": 0.83, "agreement": 0.936, "share_int8_macs": 1.0},
+                    {"float_nodes": 1, "metric": 0.858, "agreement": 0.98, "share_int8_macs": 0.96},
+                ],
+                "sensitivity": [
+                    {"node": "Conv_12", "module": "blocks.1.0.conv_dw", "harm": 0.0953, "mac_share": 0.04},
+                    {"node": "Conv_10", "module": "conv_stem", "harm": 0.0021, "mac_share": 0.03},
+                ],
             },
             {
                 "name": "onnx-int8-dynamic",

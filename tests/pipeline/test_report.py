@@ -109,6 +109,19 @@ def test_the_page_shows_how_the_backbone_was_adapted() -> None:
         assert part in page.text, part
 
 
+def test_the_page_shows_what_int8_costs_and_what_is_really_in_it() -> None:
+    run = passing_run()
+    text = Page(render_html(run)).text
+    assert "by share of the arithmetic in INT8, accuracy from 85.8% at 96% to 83.0% at 100%" in text
+    assert "int8 96%, fp32 4%" in text and "blocks.1.0.conv_dw" in text and "floating point" in text
+    assert "int8 96%, fp32 4%" in render_markdown(run)
+    (validated,) = [stage for stage in run["stages"] if stage["name"] == "validate"]
+    reason = "not faster than onnx-fp32: 0.15× its speed, 0.15× at least"
+    validated["measurements"]["candidates"][2]["not_worth_it"] = {"latency": reason}
+    for report in (Page(render_html(run)).text, render_markdown(run)):
+        assert "not earn" in report and "0.15× at least" in report
+
+
 def test_a_run_without_those_measurements_shows_none_of_it() -> None:
     run = passing_run()
     finetune = next(stage for stage in run["stages"] if stage["name"] == "finetune")
@@ -233,6 +246,7 @@ def test_page_has_every_plot_with_a_text_alternative() -> None:
     for start, count in (
         ("Accuracy against median latency", 1),
         ("Absolute output error", 3),
+        ("onnx-int8-static: by share of the arithmetic in INT8", 1),
         ("Confusion matrix of 10 classes; 895 of 1000", 1),
         ("Loss by epoch", 1),
         ("Validation accuracy by epoch", 1),
@@ -312,7 +326,7 @@ def test_hostile_text_stays_text(text: str, tmp_path: Path) -> None:
     assert "@everyone" not in markdown
     assert "://" not in markdown
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in tables} <= {3, 6, 8, 10}
+    assert {line.count("|") for line in tables} <= {3, 6, 8, 11}
 
     root = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert root.get("failures") == "1"

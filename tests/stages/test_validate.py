@@ -23,7 +23,7 @@ from stages.candidates import write_candidates
 from stages.latency import OtherWork, is_disturbed, speedup_of
 from stages.statistics import smallest_visible_drop
 from stages.validate import Validate, ValidateConfig
-from stages.validate.stage import GatesConfig, check, choice_gates, choose, over_limits
+from stages.validate.stage import GatesConfig, check, choice_gates, choose, not_worth_it, over_limits
 from tests.stages.chain import (
     LABELS,
     SAMPLES,
@@ -216,6 +216,7 @@ def entry(name: str = "x", **numbers: object) -> dict[str, object]:
         "metric_difference_bound": -0.02, "smallest_visible_drop": 0.03, "agreement": 0.98, "sqnr_db": 30.0,
         "relative_error": 1e-5, "latency_ms_p50": 1.0, "latency_ms_p95": 2.0, "size_bytes": 100, "passed": True,
         "over_limits": [],
+        "not_worth_it": {},
     }  # fmt: skip
     return good | numbers
 
@@ -334,6 +335,22 @@ def test_the_objective_chooses_among_those_that_passed() -> None:
 
 def test_of_equally_accurate_ones_the_faster_is_chosen() -> None:
     assert choose([entry("slow", latency_ms_p50=2.0), entry("fast")], "accuracy") == "fast"
+
+
+def test_fewer_bits_must_earn_their_place() -> None:
+    """Turn by turn: a median that happens to be lower is not faster, and a larger file is not smaller."""
+    plain = entry("fp32", precision="fp32", latency_ms_p50=1.0, size_bytes=100, turns_ms=[1.0, 1.1] * 5, metric=0.90)
+    fast = entry("fast", latency_ms_p50=0.5, size_bytes=120, turns_ms=[0.5] * 10)
+    tie = entry("tie", latency_ms_p50=0.99, size_bytes=30, turns_ms=[1.2, 0.9] * 5)
+    entries = [plain, fast, tie]
+    for one in entries:
+        one["not_worth_it"] = not_worth_it(one, entries)
+    assert plain["not_worth_it"] == {}
+    assert fast["not_worth_it"] == {"size": "not smaller than fp32: 0.0 MB against 0.0 MB"}
+    assert tie["not_worth_it"] == {"latency": "not faster than fp32: 1.03× its speed, 0.83× at least"}
+    assert [choose(entries, objective) for objective in ("latency", "size")] == ["fast", "tie"]
+    assert choose([plain, tie], "latency") == "fp32"
+    assert not_worth_it(tie, [entry("fp32", precision="fp32", passed=False), tie]) == {}
 
 
 def test_an_unknown_gate_and_a_nonsense_threshold_are_refused() -> None:
