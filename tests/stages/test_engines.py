@@ -290,8 +290,8 @@ def test_a_real_network_has_an_engine_in_every_precision(tmp_path: Path) -> None
     examples = context.data["validation"][:16]
     splits = dict.fromkeys(("train", "validation", "calibration", "test"), examples)
     context = replace(context, data=replace(context.data, splits=splits))
-    settings = {"layout": "tensorrt", "keep_float": "none", "max_metric_drop": 1, "min_agreement": 0}
-    result = Quantize().run(context, QuantizeConfig.model_validate({"schemes": ["int8-static"], **settings}))
+    settings = {"schemes": ["int8-symmetric"], "keep_float": "none", "max_metric_drop": 1, "min_agreement": 0}
+    result = Quantize().run(context, QuantizeConfig.model_validate(settings))
     artifacts["quantize"] = artifact_of("quantize", tmp_path / "quantize")
     engines = {one.name: one for stage in ("export", "quantize") for one in read_engines(artifacts[stage])}
     assert set(engines) == {
