@@ -296,11 +296,11 @@ def test_a_real_network_has_an_engine_in_every_precision(tmp_path: Path) -> None
     engines = {one.name: one for stage in ("export", "quantize") for one in read_engines(artifacts[stage])}
     assert set(engines) == {
         f"onnx-{precision}.{targets}"
-        for precision in ("fp32", "fp16", "int8-static")
+        for precision in ("fp32", "fp16", "int8-symmetric")
         for targets in ("sm75", "sm86-sm89")
     }
-    sizes = {name: engines[f"onnx-{name}.sm86-sm89"].size_bytes or 0 for name in ("fp32", "fp16", "int8-static")}
+    sizes = {name: engines[f"onnx-{name}.sm86-sm89"].size_bytes or 0 for name in ("fp32", "fp16", "int8-symmetric")}
     # The INT8 engine is larger than the FP16 one (9.8 against 7.5 MB), unlike their ONNX files.
-    assert 0 < sizes["fp16"] < sizes["int8-static"] < sizes["fp32"]
-    assert engines["onnx-int8-static.sm86-sm89"].mends == ()  # that layout is the one that the parser reads
+    assert 0 < sizes["fp16"] < sizes["int8-symmetric"] < sizes["fp32"]
+    assert engines["onnx-int8-symmetric.sm86-sm89"].mends == ()  # that layout is the one that the parser reads
     assert len(result.measurements["engines"]) == 2
