@@ -32,7 +32,7 @@ from pipeline.report.formats import (
 from stages.artifact import write_json
 from stages.base import Progress
 from stages.data.load import load_data
-from stages.environment import usable_cores, versions_of
+from stages.environment import usable_threads, versions_of
 from stages.features.compute import compute_features, features_key
 from stages.transferability.cost import Cost, measure_cost
 from stages.transferability.ranking import (
@@ -160,7 +160,7 @@ def rank_backbones(
         log.warning("%-10s %s", "data", note)
     labels = np.array([one.label for one in data["train"]], np.int64)
     folds = make_folds(labels, config.seed)
-    torch.set_num_threads(config.finetune.threads or usable_cores())
+    torch.set_num_threads(config.finetune.threads or usable_threads())
     measured = []
     for number, spec in enumerate(specs, 1):
         log.info("%-10s %d of %d: %s", "rank", number, len(specs), spec.id)

@@ -39,7 +39,11 @@ def user_cache() -> Path:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use: those that it may run on, at most OMP_NUM_THREADS where that is a number."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_threads() -> int:
+    """Threads of training: one a core, at most OMP_NUM_THREADS where that is a number."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, max(int(asked), 1)) if asked.isdecimal() else cores
+    return min(usable_cores(), max(int(asked), 1)) if asked.isdecimal() else usable_cores()

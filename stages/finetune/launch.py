@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from models import errors
 from models.errors import MissingCapabilityError, PipelineError, TrainingError
 from stages.data.splits import Example
-from stages.environment import usable_cores
+from stages.environment import usable_threads
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def write_request(folder: Path, model: torch.nn.Module, base: Classifier, setup:
             "trained": [name for name, one in model.named_parameters() if one.requires_grad],
             "plan": asdict(plan),
             "device": setup.context.device,
-            "threads": config.threads or usable_cores(),  # torchrun sets OMP_NUM_THREADS=1 in the processes
+            "threads": config.threads or usable_threads(),  # torchrun sets OMP_NUM_THREADS=1 in the processes
             "labels": list(data.labels),
             "examples": examples,
         },

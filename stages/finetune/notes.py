@@ -71,7 +71,10 @@ def cost_of(measured: dict[str, Any]) -> Iterator[str]:
 def comparisons_of(measured: dict[str, Any]) -> Iterator[str]:
     """Against raw inputs, training from scratch, and going directly."""
     if raw := measured["against_raw"]:
-        yield raw["warning"] or f"a linear model on the raw inputs reaches {raw['curve'][-1]['raw']:.4f}"
+        line = f"a linear model on the raw inputs reaches {raw['curve'][-1]['raw']:.4f}"
+        if raw["gain"]["low"] <= 0:
+            line += "; the validation examples do not show that the features are better"
+        yield raw["warning"] or line
     for row in measured["against_scratch"]:
         yield (
             f"with {row['examples']} training examples {measured['strategy']} reaches {shown(row['tuned'])}, training "

@@ -104,6 +104,22 @@ def rate_table(model: torch.nn.Module, rates: Rates) -> list[dict[str, Any]]:
     return [asdict(row) for row in reversed(rows)]
 
 
+def rates_in_words(table: Sequence[dict[str, Any]], most: int = 40) -> list[str]:
+    """One line a layer of `rate_table`, for a person; of more than `most` layers the top and the bottom ones."""
+    if len(table) > most:
+        half = most // 2
+        return [
+            *rates_in_words(table[:half]),
+            f"… {len(table) - 2 * half} more layers, as the report has them",
+            *rates_in_words(table[-half:]),
+        ]
+    width = max(len(str(row["layer"])) for row in table)
+    return [
+        f"{row['layer']:<{width}}  rate {row['rate']:.2e}  {row['trained']:>11,} of {row['parameters']:,} learn"
+        for row in table
+    ]
+
+
 def unfreeze(model: Classifier, layers: Sequence[Layer]) -> None:
     """Train the head and these layers, and nothing else."""
     chosen = {name for layer in layers for name in layer.parameters}

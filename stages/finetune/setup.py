@@ -12,7 +12,7 @@ from models.errors import ModelError
 from models.tasks import task_of
 from stages.artifact import verify_files
 from stages.data.splits import SplitName
-from stages.environment import usable_cores
+from stages.environment import usable_threads
 from stages.finetune.config import (
     ADAPTER_RATES,
     FLYP_RATE,
@@ -337,5 +337,5 @@ def seed_everything(context: StageContext, config: FinetuneConfig) -> None:
     import torch
     from transformers import set_seed
 
-    torch.set_num_threads(config.threads or usable_cores())
+    torch.set_num_threads(config.threads or usable_threads())
     set_seed(context.seed)

@@ -213,7 +213,10 @@ def look_ahead(strategy: Strategy, network: Any, setup: Setup, rates: Rates, fol
     """Estimate and test, and say what was found."""
     from stages.finetune.cost import estimate_cost
     from stages.finetune.range_test import find_rates
+    from stages.finetune.rates import rate_table, rates_in_words
 
+    for line in rates_in_words(rate_table(network, rates)):
+        setup.context.log.info("%-10s %s", "", line)
     hold = setup.holds_batchnorm(strategy)
     estimate = estimate_cost(network, rates, setup, hold, folder)
     if not setup.config.learning_rate_test:

@@ -37,8 +37,8 @@ class RawComparison:
 
     @property
     def warning(self) -> str:
-        """What to do where the features are worth less than the inputs; empty where they are."""
-        if self.gain.difference >= 0:
+        """What to do where the features are shown to be worth less than the inputs; else empty."""
+        if self.gain.high >= 0:
             return ""
         last = self.curve[-1]
         return (
@@ -164,12 +164,17 @@ def with_examples(setup: Setup, count: int) -> Setup:
 
 def from_scratch(setup: Setup) -> Setup:
     """The same network with random weights, all of them trained at the rate of its kind, for the same budget."""
-    changes: dict[str, Any] = {"strategy": "full", "from_scratch": True, "initial_head": "random", "wise_ft": False}
-    changes |= {"scratch_fractions": (), "from_run": None, "compare_direct": False}
-    rates = dict.fromkeys(("backbone_learning_rate", "head_learning_rate", "layer_rate_ratio"))
-    config = FinetuneConfig.model_validate({**setup.config.model_dump(), **changes, **rates})
+    config = scratch_config(setup.config)
     seed_everything(setup.context, config)
     return build(setup.context, config)
+
+
+def scratch_config(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration of that training: what only says something of pretrained weights is taken out."""
+    changes: dict[str, Any] = {"strategy": "full", "from_scratch": True, "initial_head": "random", "wise_ft": False}
+    changes |= {"scratch_fractions": (), "from_run": None, "compare_direct": False, "locked_tower": None}
+    rates = dict.fromkeys(("backbone_learning_rate", "head_learning_rate", "layer_rate_ratio"))
+    return FinetuneConfig.model_validate({**config.model_dump(), **changes, **rates})
 
 
 def compare_with_direct(setup: Setup, made: Attempt, folder: Path) -> dict[str, Any] | None:

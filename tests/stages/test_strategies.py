@@ -21,7 +21,7 @@ from stages.artifact import digest_files
 from stages.data.splits import DataSplits, Example
 from stages.finetune import Finetune, FinetuneConfig
 from stages.finetune.ladder import climb
-from stages.finetune.rates import decaying_rates, one_rate, parameter_groups, rate_table, unfreeze
+from stages.finetune.rates import decaying_rates, one_rate, parameter_groups, rate_table, rates_in_words, unfreeze
 from stages.finetune.setup import Setup, build, with_frozen_result
 from stages.finetune.strategies import Attempt, epochs_of_phase
 from stages.finetune.wise import ALPHAS
@@ -72,6 +72,8 @@ def test_every_parameter_gets_its_layers_rate_and_norms_do_not_decay() -> None:
     assert [(row["layer"], row["trained"], row["parameters"]) for row in table] == [
         ("head", 8, 8), ("high", 6, 6), ("low", 9, 12)
     ]  # fmt: skip
+    assert rates_in_words(table)[0].split() == ["head", "rate", "1.00e-03", "8", "of", "8", "learn"]
+    assert [line.split()[0] for line in rates_in_words(table * 2, most=4)] == ["head", "high", "…", "high", "low"]
     with pytest.raises(AssertionError, match=r"backbone\.1\.weight is in no layer"):
         parameter_groups(model, one_rate(layers[:1], 1e-3, 1e-4), 0.01)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,8 +17,17 @@ from models.checkpoint import load_checkpoint
 from models.errors import ModelError
 from stages.data.splits import DataSplits
 from stages.finetune import Finetune, FinetuneConfig
+from stages.finetune.config import Strategy
 from stages.finetune.setup import build
-from stages.finetune.transfer import from_scratch, raw_pixels, raw_terms, with_examples
+from stages.finetune.transfer import (
+    RawComparison,
+    from_scratch,
+    raw_pixels,
+    raw_terms,
+    scratch_config,
+    with_examples,
+)
+from stages.statistics import Gain
 from tests.stages.small_run import made_up_data, make_context, split_of
 
 PROBE = FinetuneConfig(strategy="feature-extraction")
@@ -53,8 +63,28 @@ def test_imagenet_features_are_worth_less_than_the_pixels_of_digits(tmp_path: Pa
 def test_features_that_know_more_than_the_inputs_raise_no_warning(tmp_path: Path) -> None:
     result = Finetune().run(make_context(tmp_path, "out", made_up_data("text"), "text"), PROBE)
     against = result.measurements["against_raw"]
-    assert (against["warning"] == "") is (against["gain"]["difference"] >= 0)
-    assert [note for note in result.notes if "raw inputs" in note]
+    assert against["warning"] == "" and against["gain"]["high"] >= 0
+    note = next(note for note in result.notes if "raw inputs" in note)
+    assert ("do not show that the features are better" in note) is (against["gain"]["low"] <= 0)
+
+
+@pytest.mark.parametrize("high", [-0.01, 0.01])
+def test_a_difference_that_may_be_noise_is_no_warning(high: float) -> None:
+    curve = [{"examples": 50, "frozen": 0.5, "raw": 0.6}]
+    assert bool(RawComparison(curve, Gain(-0.1, -0.2, high, 0.95)).warning) is (high < 0)
+
+
+def test_whatever_the_strategy_needs_training_from_scratch_has_a_configuration() -> None:
+    for strategy in get_args(Strategy):
+        asked: dict[str, Any] = {"strategy": strategy, "scratch_fractions": (1.0,)}
+        if strategy == "flyp":
+            continue  # refuses scratch_fractions itself
+        if strategy in ("full", "lp-ft"):
+            asked |= {"locked_tower": "text"}
+        if strategy != "feature-extraction":
+            asked |= {"wise_ft": True}
+        found = scratch_config(FinetuneConfig.model_validate(asked))
+        assert found.from_scratch and found.strategy == "full" and found.scratch_fractions == ()
 
 
 def test_raw_pixels_are_scaled_and_grey_ones_counted_once(data: DataSplits) -> None:
