@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 
 BATCH_SIZES: dict[Method, int] = {"minmax": 32, "entropy": 4, "percentile": 4, "mse": 4}
-"""Examples in a batch. A histogram takes every activation out of the graph at once: 60 MB an example at 224 px
-(EfficientNet-Lite0), where minima and maxima are taken inside."""
+"""Examples in a batch. Histograms take every activation out of the graph at once; minmax does not."""
 
 BINS = {"entropy": 512, "percentile": 2048, "mse": 2048}
 """Of a histogram at first; it widens where a later batch has larger values. The time of entropy is quadratic in it."""
