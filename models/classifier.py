@@ -32,6 +32,24 @@ class UnitHead(nn.Module):
         return nn.functional.normalize(self.projection(features), dim=1)
 
 
+class Capped(torch.autograd.Function):
+    """A tensor, at most `limit`, whose gradient passes above it too where descent leads back: that of a clamp is zero
+    there, so that a value which begins at the limit could never learn."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, limit: float) -> torch.Tensor:
+        """Of the shape and type of `value`."""
+        ctx.save_for_backward(value < limit)
+        return value.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None]:
+        """Of `value`; `limit` has none."""
+        (below,) = ctx.saved_tensors
+        (gradient,) = gradients
+        return torch.where(below | (gradient > 0), gradient, 0), None
+
+
 class PairHead(nn.Module):
     """Embeddings of length 1 of the two halves of the features: float32 (batch, 2 × embedding).
 
@@ -54,7 +72,8 @@ class PairHead(nn.Module):
     def lengthened(self, outputs: torch.Tensor) -> torch.Tensor:
         """The outputs with the scale as the length of the image's embedding."""
         images, texts = outputs.chunk(2, dim=1)
-        return torch.cat([images * self.log_scale.exp().clamp(max=LARGEST_SCALE).to(images.device), texts], dim=1)
+        scale = Capped.apply(self.log_scale.exp(), LARGEST_SCALE)
+        return torch.cat([images * scale.to(images.device), texts], dim=1)
 
 
 class Classifier(nn.Module):

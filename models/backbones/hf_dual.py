@@ -167,14 +167,16 @@ def with_normalizers(processing: TextProcessing, steps: list[dict[str, Any]]) ->
 
 
 def own_head(architecture: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-    """The state of the `PairHead` that keeps the embeddings of a dual encoder as they are, at its own temperature;
-    None for two backbones that were put together."""
+    """The state of the `PairHead` that keeps the embeddings of a dual encoder as they are, at its own temperature,
+    up to the limit of one that is learnt; None for two backbones that were put together."""
     import torch
+
+    from models.classifier import LARGEST_SCALE
 
     if "scale" not in architecture:
         return None
     widths = zip(("image", "text"), architecture["widths"], strict=True)
-    state = {"log_scale": torch.tensor(math.log(architecture["scale"]))}
+    state = {"log_scale": torch.tensor(math.log(min(architecture["scale"], LARGEST_SCALE)))}
     for side, width in widths:
         state |= {f"{side}.weight": torch.eye(width), f"{side}.bias": torch.zeros(width)}
     return state

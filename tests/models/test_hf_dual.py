@@ -13,12 +13,14 @@ import torch
 
 from models.adapters import AdapterSettings, fold, inject_adapters
 from models.backbones.build import build_backbone
+from models.backbones.hf_dual import own_head
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.classifier import Classifier, PairHead, make_spec, new_classifier
 from models.errors import ModelError
 from models.layers import backbone_layers
 from models.modalities.image_text import PairProcessing
 from models.registry import load_backbone, resolve
+from models.tasks import task_of
 from tests.models.tiny import DUAL, edit_json, hf_dual_folder, hf_text_folder, logits_of
 
 KINDS = tuple(DUAL)
@@ -114,6 +116,25 @@ def test_the_own_temperature_is_where_the_loss_starts(tmp_path: Path) -> None:
     with torch.inference_mode():
         images, _ = head.lengthened(model(*inputs)).chunk(2, dim=1)
     torch.testing.assert_close(images.norm(dim=1), torch.full((3,), math.exp(3.0)))
+
+
+@pytest.mark.parametrize("log_scale", [4.6052, 4.7653])  # of CLIP and SigLIP, above ln 100
+def test_a_temperature_at_its_limit_still_learns(log_scale: float) -> None:
+    head = PairHead((4, 4), 4, 1.0)
+    with torch.no_grad():
+        head.log_scale.fill_(log_scale)
+    angles = 0.05 * torch.arange(6)
+    rows = torch.stack([angles.cos(), angles.sin(), 0 * angles, 0 * angles], dim=1)
+    for order, learns in ((torch.arange(6), False), (torch.arange(6).flip(0), True)):
+        # Of alike but matching pairs the loss would fall beyond the limit, of mismatched ones it falls with the scale.
+        outputs = head.lengthened(torch.cat([rows, rows[order]], dim=1))
+        torch.testing.assert_close(outputs.chunk(2, dim=1)[0].norm(dim=1), torch.full((6,), 100.0))
+        head.zero_grad()
+        task_of("image-text").loss(outputs, torch.arange(6)).backward()
+        gradient = head.log_scale.grad
+        assert gradient is not None and (gradient.item() > 0.1 if learns else gradient.item() == 0)
+    own = own_head({"scale": math.exp(log_scale), "widths": [4, 4]})
+    assert own is not None and own["log_scale"].item() == pytest.approx(math.log(100))  # no steps are lost above it
 
 
 def test_what_is_no_dual_encoder_is_refused(tmp_path: Path) -> None:
