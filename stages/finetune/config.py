@@ -353,6 +353,10 @@ class FinetuneConfig(StageConfig):
         """Raises `ValueError` for settings that label names exclude, or that want them."""
         if self.strategy == "flyp" and self.initial_head in ("probe", "random"):
             raise ValueError(f"flyp starts from the names of the labels; leave initial_head: {self.initial_head} out")
+        if self.initial_head == "label-names" and self.strategy == "auto":
+            raise ValueError(
+                "auto goes up from the probe, which initial_head: label-names would leave out; name the strategy"
+            )
         if self.names_labels:
             for name in ("from_scratch", "from_run", "scratch_fractions"):
                 if getattr(self, name):

@@ -272,11 +272,14 @@ def test_init_writes_which_of_the_three_it_is(tmp_path: Path) -> None:
     assert "feature-extraction" in PipelineConfig.model_json_schema()["properties"]["task"]["enum"]
 
 
+NAMED = "{strategy: full, initial_head: label-names}"
+
+
 @pytest.mark.parametrize(
     ("backbone", "task", "finetune", "said"),
     [
-        ("timm:resnet18", "image-classification", "{initial_head: label-names}", "has no text tower.*all-MiniLM"),
-        ("timm:resnet18+hf:a/b", "text-classification", "{initial_head: label-names}", "image-classification only"),
+        ("timm:resnet18", "image-classification", NAMED, "has no text tower.*all-MiniLM"),
+        ("timm:resnet18+hf:a/b", "text-classification", NAMED, "image-classification only"),
         ("hf:a/b", "image-text", "{strategy: flyp}", "image-classification only"),
         ("timm:resnet18+hf:a/b", "image-classification", "{strategy: lora}", "initial_head: label-names"),
         ("hf:a/b", "image-classification", "{strategy: flyp, launch: {processes: 2}}", "flyp compares every pair"),
@@ -291,6 +294,6 @@ def test_label_names_want_images_and_a_text_tower(
 
 
 def test_label_names_take_two_backbones_put_together(tmp_path: Path) -> None:
-    text = VISION.replace("tf_efficientnet_lite0", "resnet18+hf:a/b") + "finetune: {initial_head: label-names}\n"
+    text = VISION.replace("tf_efficientnet_lite0", "resnet18+hf:a/b") + f"finetune: {NAMED}\n"
     config, spec = load_config(write(tmp_path, text))
     assert config.finetune.names_labels and spec.library == "dual"

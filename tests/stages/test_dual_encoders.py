@@ -253,8 +253,9 @@ def test_flyp_moves_the_text_tower_that_the_head_comes_from(tmp_path: Path) -> N
     ("settings", "said"),
     [
         ({"strategy": "flyp", "initial_head": "probe"}, "flyp starts from the names"),
+        ({"initial_head": "label-names"}, "auto goes up from the probe"),
         ({"strategy": "flyp", "from_scratch": True}, "flyp needs pretrained weights"),
-        ({"initial_head": "label-names", "from_scratch": True}, "need the pretrained towers"),
+        ({"strategy": "full", "initial_head": "label-names", "from_scratch": True}, "need the pretrained towers"),
         ({"strategy": "lora", "initial_head": "label-names", "unseen_labels": ["x"]}, "other training forgets them"),
         ({"unseen_labels": ["x"]}, "write strategy: feature-extraction"),
         ({"label_templates": ["a photo"]}, "has not one"),
