@@ -218,7 +218,7 @@ def load_hf(
         if modality == "image-text":
             from models.backbones.hf_dual import load_towers
 
-            return load_towers(spec, source, revision, config, max_length, pretrained)
+            return load_towers(spec, source, revision, config, image_size, max_length, pretrained)
         processing: Processing
         architecture: dict[str, Any]
         if modality == "text":

@@ -90,19 +90,32 @@ def make_text_tower(config: dict[str, Any]) -> torch.nn.Module:
 
 
 def load_towers(
-    spec: BackboneSpec, source: str, revision: str | None, config: Any, max_length: int | None, pretrained: bool
+    spec: BackboneSpec,
+    source: str,
+    revision: str | None,
+    config: Any,
+    image_size: int | None,
+    max_length: int | None,
+    pretrained: bool,
 ) -> tuple[torch.nn.Module, dict[str, Any], PairProcessing]:
     """Both towers side by side, as `load_dual` gives two backbones. The architecture has the `scale` and the `offset`
     that the model's own logits have of cosines, too.
 
     Raises:
-        ModelError: it is no dual encoder, its files are not complete, or another length is asked for than it takes.
+        ModelError: it is no dual encoder, its files are not complete, or another size or length is asked for than it
+            takes.
     """
     from models.backbones.build import measure_feature_dim
     from models.backbones.from_hf import build_hf, check_padding, copy_weights, image_preparation, pretrained_network
 
     values = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-    prepared = image_preparation(source, revision, None, (values.get("vision_config") or {}).get("image_size"))
+    size = (values.get("vision_config") or {}).get("image_size")
+    if image_size and size and image_size != (size if isinstance(size, int) else size[0]):
+        raise ModelError(
+            f"{spec.id} has positions for images of {size} pixels, finetune.image_size is {image_size}; leave it out, "
+            "or take a checkpoint of that size"
+        )
+    prepared = image_preparation(source, revision, image_size, size)
     tower = {"library": "hf", "config": values, "tower": True}
     normalised = {"mean": prepared.mean, "std": prepared.std, "bgr": prepared.bgr}
     architectures: tuple[dict[str, Any], ...] = (

@@ -109,6 +109,15 @@ def test_siglip_reads_a_fixed_length_in_lower_case(tmp_path: Path) -> None:
         load_backbone(resolve(str(folder)), "image-text", None, 8)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_of_the_size_of_the_positions(kind: str, tmp_path: Path) -> None:
+    spec = resolve(str(hf_dual_folder(tmp_path / "hf", kind)))
+    with pytest.raises(ModelError, match="positions for images of 32 pixels, finetune.image_size is 64"):
+        load_backbone(spec, "image-text", 64, None)
+    processing = load_backbone(spec, "image-text", 32, None).processing
+    assert isinstance(processing, PairProcessing) and processing.image.size == 32
+
+
 def test_the_own_temperature_is_where_the_loss_starts(tmp_path: Path) -> None:
     model, inputs = loaded_network(hf_dual_folder(tmp_path / "hf"), tmp_path / "saved")
     head = model.task_head
