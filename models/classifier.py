@@ -63,6 +63,11 @@ class PairHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         """Of the cosines in the loss: the inverse of the temperature."""
 
+    @property
+    def scale(self) -> float:
+        """What the loss multiplies cosines by now."""
+        return min(math.exp(self.log_scale.item()), LARGEST_SCALE)
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32 (batch, 2 × embedding)."""
         images, texts = features.chunk(2, dim=1)

@@ -285,12 +285,14 @@ def from_own_checkpoint(
     pretrained: bool,
     pairs: bool,
 ) -> LoadedBackbone:
-    """The backbone inside a checkpoint that this project wrote; its preprocessing stays as it was.
+    """The backbone inside a checkpoint that this project wrote; its preprocessing stays as it was, and so do the
+    projections of an image-text one, with their temperature as the architecture's `scale`.
 
     Raises:
         ModelError: it is of another modality, or another size or length is asked for.
     """
     from models.checkpoint import load_checkpoint
+    from models.classifier import PairHead
 
     checkpoint = load_checkpoint(Path(str(spec.folder)))
     processing = checkpoint.processing
@@ -306,9 +308,13 @@ def from_own_checkpoint(
     ):
         if own is not None and asked not in (None, own):
             raise ModelError(f"the checkpoint was made for {own}, finetune.{key} is {asked}; leave it out")
-    architecture = checkpoint.spec.architecture
-    module = checkpoint.model.backbone if pretrained else build_backbone(architecture)
-    return LoadedBackbone(module, checkpoint.spec.feature_dim, architecture, processing)
+    architecture, head = checkpoint.spec.architecture, checkpoint.model.task_head
+    if not pretrained:
+        return LoadedBackbone(build_backbone(architecture), checkpoint.spec.feature_dim, architecture, processing)
+    state = None
+    if isinstance(head, PairHead):
+        state, architecture = head.state_dict(), {**architecture, "scale": head.scale}
+    return LoadedBackbone(checkpoint.model.backbone, checkpoint.spec.feature_dim, architecture, processing, state)
 
 
 @cache

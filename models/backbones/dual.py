@@ -64,7 +64,8 @@ def load_dual(
 
 
 def halves_of(loaded: LoadedBackbone) -> tuple[LoadedBackbone, LoadedBackbone]:
-    """The image backbone and the text backbone of a dual encoder, each as it would be alone."""
+    """The image backbone and the text backbone of a dual encoder, each as it would be alone, or with its projection
+    behind it where the encoder brings one that changes anything."""
     from models.backbones.build import LoadedBackbone
 
     processing = loaded.processing
@@ -72,9 +73,23 @@ def halves_of(loaded: LoadedBackbone) -> tuple[LoadedBackbone, LoadedBackbone]:
     image, text = (loaded.module.get_submodule(f"network.{side}") for side in ("image", "text"))
     widths, architecture = loaded.architecture["widths"], loaded.architecture
     return (
-        LoadedBackbone(image, widths[0], architecture["image"], processing.image),
-        LoadedBackbone(text, widths[1], architecture["text"], processing.text),
+        projected(LoadedBackbone(image, widths[0], architecture["image"], processing.image), loaded.head, "image"),
+        projected(LoadedBackbone(text, widths[1], architecture["text"], processing.text), loaded.head, "text"),
     )
+
+
+def projected(half: LoadedBackbone, head: dict[str, torch.Tensor] | None, side: str) -> LoadedBackbone:
+    """The backbone of a side with the projection that the state of a `PairHead` has for it; itself where there is no
+    head, or where that keeps its embeddings as they are."""
+    import torch
+
+    from models.backbones.mapped import with_map
+
+    if head is None:
+        return half
+    weight, bias = head[f"{side}.weight"], head[f"{side}.bias"]
+    same = weight.shape == (half.feature_dim, half.feature_dim) and torch.equal(weight, torch.eye(half.feature_dim))
+    return half if same and not bias.any() else with_map(half, weight, bias)
 
 
 def build_dual(architecture: dict[str, Any]) -> torch.nn.Module:

@@ -4,7 +4,6 @@ an image backbone. Only the image tower and the head ship."""
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ def build_named(context: StageContext, config: FinetuneConfig) -> Setup:
     named = NamedLabels(text, names, None)
     if both.head is not None:
         named = NamedLabels(text, of_length_one(names), both.architecture["scale"])
-        put_names_into_head(model, named, [both.architecture["offset"]] * len(labels))
+        put_names_into_head(model, named, [both.architecture.get("offset", 0.0)] * len(labels))
     return Setup(model, spec, image.processing, context, config, own_head=both.head is not None, named=named)
 
 
@@ -155,13 +154,13 @@ def captioned(setup: Setup) -> DataSplits:
 
 def with_tuned_names(network: Classifier, setup: Setup) -> Classifier:
     """The image tower of two that were trained together, with a head of what the other says of the names now."""
-    from models.classifier import LARGEST_SCALE, Classifier, make_head
+    from models.classifier import Classifier, PairHead, make_head
     from stages.features.label_map import embed_labels, of_length_one
 
-    named = setup.named
-    assert named is not None and named.scale is not None
+    named, head = setup.named, network.task_head
+    assert named is not None and named.scale is not None and isinstance(head, PairHead)
     image, text = (network.backbone.get_submodule(f"network.{side}") for side in ("image", "text"))
-    scale = min(math.exp(network.task_head.get_parameter("log_scale").item()), LARGEST_SCALE)
+    scale = head.scale
     encoder, labels = replace(named.text, module=text), setup.spec.labels
     names = embed_labels(encoder, labels, setup.config.label_templates, setup.context.device)
     tuned = Classifier(image, make_head(setup.spec.architecture, setup.spec.feature_dim, len(labels)))

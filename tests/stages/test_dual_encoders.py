@@ -266,6 +266,33 @@ def test_settings_that_label_names_exclude(settings: dict[str, object], said: st
         FinetuneConfig.model_validate(settings)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_trained_alignment_goes_on_from_a_checkpoint(native: bool, tmp_path: Path) -> None:
+    spec = resolve(str(hf_dual_folder(tmp_path / "hf")) if native else joined_backbone(tmp_path))
+    loaded = load_backbone(spec, "image-text", None, None)
+    described = make_spec("image-text", spec, loaded, ())
+    model = new_classifier(loaded, described.io.width).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():  # as training would leave it
+        for weight in model.task_head.parameters():
+            weight.add_(0.3 * torch.rand_like(weight))
+    save_checkpoint(tmp_path / "own", model, described, loaded.processing)
+    again = load_backbone(resolve(str(tmp_path / "own")), "image-text", None, None)
+    same = new_classifier(again, make_spec("image-text", spec, again, ()).io.width).eval()
+    torch.testing.assert_close(same.task_head.state_dict(), model.task_head.state_dict())
+    context = image_context(tmp_path, "out", str(tmp_path / "own"))
+    setup = build(context, named("feature-extraction", label_templates=("a {}",)))
+    assert setup.own_head
+    images = [one.content for one in context.data["validation"][:3]]
+    arrays = loaded.processing.arrays(list(zip(images, [f"a {name}" for name in NAMES], strict=True)))
+    with torch.inference_mode():
+        outputs = model(*(torch.from_numpy(arrays[one.name]) for one in loaded.processing.inputs))
+        logits = setup.model.eval()(torch.from_numpy(setup.processing.arrays(images)["image"]))
+    image, text = outputs.chunk(2, dim=1)
+    scale = model.task_head.get_parameter("log_scale").exp().item()
+    torch.testing.assert_close(logits, scale * image @ text.T, atol=1e-4, rtol=1e-4)
+
+
 def test_an_unseen_label_is_no_known_one(tmp_path: Path) -> None:
     context = image_context(tmp_path, "out", str(hf_dual_folder(tmp_path / "hf")))
     with pytest.raises(ConfigError, match="'stone' is a label already"):
