@@ -375,13 +375,13 @@ def positions_of(network: Any) -> int:
 
 
 def text_processing(
-    source: str, revision: str | None, max_length: int, rows: int | None, loader: Any = None
+    source: str, revision: str | None, max_length: int, rows: int | None, loader: Any = None, fixed: bool = False
 ) -> TextProcessing:
     """The fast tokenizer of a folder or repository, for an encoder with `rows` token embeddings. `loader`: the class
-    of transformers that reads it, AutoTokenizer by default.
+    of transformers that reads it, AutoTokenizer by default. `fixed` as in `TextProcessing`.
 
     Raises:
-        ModelError: there is none, or it does not belong to the encoder.
+        ModelError: there is none, it does not belong to the encoder, or it puts padding that is read on the left.
     """
     from transformers import AutoTokenizer
 
@@ -396,8 +396,15 @@ def text_processing(
             f"the tokenizer of {source} knows {len(tokenizer)} tokens, the encoder embeds {rows}; is tokenizer.json "
             "missing, or from another model?"
         )
+    if fixed and tokenizer.padding_side != "right":
+        raise ModelError(
+            f"the tokenizer of {source} ({type(tokenizer).__name__}) pads on the {tokenizer.padding_side}, and the "
+            "encoder reads its padding; only padding on the right is supported: take a SigLIP, whose tokenizer does "
+            "so, or, where it was trained so, write padding_side: right in its tokenizer_config.json"
+        )
     text = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.backend_tokenizer.to_str()
-    return TextProcessing(tokenizer_json_of(text), max_length, tokenizer.pad_token_id, tokenizer.pad_token)
+    padding = tokenizer.pad_token_id, tokenizer.pad_token
+    return TextProcessing(tokenizer_json_of(text), max_length, *padding, fixed=fixed)
 
 
 PILLOW_FILTERS: dict[int, Interpolation] = {

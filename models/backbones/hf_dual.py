@@ -26,7 +26,8 @@ PARTS: dict[Side, str] = {"image": "vis", "text": "text"}
 
 READS_PADDING = "siglip"
 """The kind whose texts all have one length, and whose text tower takes the state of the last token, padding or not
-(Zhai et al. 2023, arXiv 2303.15343). SigLIP 2 at a fixed resolution is of it too."""
+(Zhai et al. 2023, arXiv 2303.15343). SigLIP 2 at a fixed resolution is of it too, but transformers' Siglip2Tokenizer
+pads on the left unless its configuration says otherwise, which is refused."""
 
 CANONICAL: list[dict[str, Any]] = [
     {"type": "Lowercase"},
@@ -62,7 +63,7 @@ def check_dual(network: Any, config: dict[str, Any]) -> None:
     if kind == "siglip2":
         raise ModelError(
             "SigLIP 2 with images of any shape (NaFlex) takes patches and masks, not pixels; take a checkpoint of a "
-            "fixed resolution (siglip2-base-patch16-224, …)"
+            "fixed resolution (google/siglip-base-patch16-224, …)"
         )
     towers = [any(name.startswith(part) for name, _ in network.named_children()) for part in PARTS.values()]
     if not (all(towers) and hasattr(network, "get_image_features") and hasattr(network, "logit_scale")):
@@ -149,7 +150,8 @@ def tower_texts(
     """The tokenizer of a text tower; texts are as long as the model was trained on.
 
     Raises:
-        ModelError: there is no fast tokenizer, or `max_length` is more than the tower takes.
+        ModelError: there is no fast tokenizer, it pads on the left where padding is read, or `max_length` is more than
+            the tower takes.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -166,7 +168,7 @@ def tower_texts(
     loader = PreTrainedTokenizerFast if canonical else AutoTokenizer
     limit = longest if fixed else max_length or min(MAX_LENGTH, longest)
     rows = (config.get("text_config") or {}).get("vocab_size")
-    found = replace(text_processing(source, revision, limit, rows, loader), fixed=fixed)
+    found = text_processing(source, revision, limit, rows, loader, fixed)
     steps = CANONICAL if declared.get("do_lower_case", canonical) else []
     return with_normalizers(found, steps if canonical else steps[:1]) if fixed else found
 

@@ -109,6 +109,15 @@ def test_siglip_reads_a_fixed_length_in_lower_case(tmp_path: Path) -> None:
         load_backbone(resolve(str(folder)), "image-text", None, 8)
 
 
+def test_padding_on_the_left_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    siglip, clip = (hf_dual_folder(tmp_path / kind, kind) for kind in ("siglip", "clip"))
+    for folder in (siglip, clip):
+        edit_json(folder / "tokenizer_config.json", padding_side="left")
+    with pytest.raises(ModelError, match="pads on the left, and the encoder reads its padding"):
+        load_backbone(resolve(str(siglip)), "image-text", None, None)
+    load_backbone(resolve(str(clip)), "image-text", None, None)  # it masks its padding
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_of_the_size_of_the_positions(kind: str, tmp_path: Path) -> None:
     spec = resolve(str(hf_dual_folder(tmp_path / "hf", kind)))
