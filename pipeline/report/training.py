@@ -98,19 +98,19 @@ def loss_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Ht
 
 
 def metric_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> Html:
-    """Validation metric and the frozen probe; the best constant answer is far below, and stands in the text."""
+    """Validation metric and the frozen probe, where they are of one metric (flyp's epochs have another); the best
+    constant answer is far below, and stands in the text."""
     series = [series_of(history, "validation_metric", "validation", "first", "epoch")]
     if not series[0].points:
         return Html("")
+    name = shorten(measured.get("history_metric") or metric_of(measured), 40)
     probe = number(measured.get("probe_validation_metric"))
-    rules = [("frozen probe", probe)] if probe is not None else []
-    text = (
-        f"Validation {metric_of(measured)} by epoch: from {series[0].points[0][1]:.1%} to {series[0].points[-1][1]:.1%}"
-    )
+    rules = [("frozen probe", probe)] if probe is not None and name == metric_of(measured) else []
+    text = f"Validation {name} by epoch: from {series[0].points[0][1]:.1%} to {series[0].points[-1][1]:.1%}"
     chart = svg.line_chart(
         series, text, lambda value: f"{100 * value:.1f}%", "epoch", rules, number(measured.get("best_epoch"))
     )
-    return element("figure", element("h3", f"Validation {metric_of(measured)}"), chart)
+    return element("figure", element("h3", f"Validation {name}"), chart)
 
 
 def cost_table(measured: dict[str, Any]) -> Html:

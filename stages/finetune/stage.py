@@ -130,6 +130,7 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
         "samples": {name: len(data[name]) for name in Finetune.splits},
         "truncated": setup.processing.count_truncated([one.content for one in data["train"]]),
         "history": attempt.history,
+        "history_metric": attempt.history_metric or task.metric,
     }
 
 

@@ -46,6 +46,8 @@ class Attempt:
     wise: list[dict[str, float]] = field(default_factory=list)
     range_test: RangeTest | None = None
     estimate: Estimate | None = None
+    history_metric: str | None = None
+    """Of the epochs, where it is not that of the result."""
 
     @property
     def metric(self) -> float | None:
@@ -153,7 +155,9 @@ def train_towers(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     made = attempt_from(strategy, network, rates, train_once(strategy, network, pairs, rates, folder), ahead)
     tuned = with_tuned_names(network, setup)
     scores = None if made.diverged else evaluate(tuned, setup)[0]
-    return replace(made, network=tuned, scores=scores, trainable_parameters=count(tuned.backbone))
+    return replace(
+        made, network=tuned, scores=scores, trainable_parameters=count(tuned.backbone), history_metric=pairs.task.metric
+    )
 
 
 STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {

@@ -109,6 +109,17 @@ def test_the_page_shows_how_the_backbone_was_adapted() -> None:
         assert part in page.text, part
 
 
+def test_epochs_of_another_metric_have_its_name_and_no_rule() -> None:
+    run = passing_run()
+    same = render_html(run)
+    assert "Validation accuracy by epoch" in same and "frozen probe" in same
+    measured = next(stage for stage in run["stages"] if stage["name"] == "finetune")["measurements"]
+    measured["history_metric"] = "recall at 1"
+    other = render_html(run)
+    assert "Validation recall at 1 by epoch" in other and "Validation accuracy by epoch" not in other
+    assert other.count("frozen probe") == same.count("frozen probe") - 1
+
+
 def test_the_page_shows_what_int8_costs_and_what_is_really_in_it() -> None:
     run = passing_run()
     text = Page(render_html(run)).text

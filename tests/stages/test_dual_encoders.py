@@ -16,6 +16,7 @@ from models.errors import ConfigError
 from models.registry import load_backbone, resolve
 from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 from models.spec import side_by_side
+from models.tasks import task_of
 from stages.base import StageContext
 from stages.data.splits import DataSplits, Example
 from stages.export import Export, ExportConfig
@@ -222,6 +223,7 @@ def test_flyp_trains_both_towers_and_ships_one(native: bool, tmp_path: Path) -> 
     config = named("flyp", initial_head=None, epochs=3, wise_ft=True, backbone_learning_rate=3e-4)
     found = Finetune().run(context, config).measurements
     assert found["history"][2]["validation_loss"] < found["history"][0]["validation_loss"]
+    assert found["metric"] == "accuracy" and found["history_metric"] == task_of("image-text").metric
     assert len(found["wise_ft"]) == 5 and all(row["movement"] > 0 for row in found["forgetting"])
     checkpoint, validation = load_checkpoint(context.output / "checkpoint"), context.data["validation"]
     assert checkpoint.spec.task == "image-classification" and checkpoint.spec.labels == NAMES
