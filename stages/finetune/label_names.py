@@ -4,6 +4,7 @@ an image backbone. Only the image tower and the head ship."""
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ def with_label_map(setup: Setup) -> Setup:
     from models.classifier import make_spec, new_classifier
     from stages.features.label_map import fit_label_map, of_length_one
 
+    started = time.monotonic()
     frozen, named, spec = setup.frozen, setup.named, setup.spec
     assert frozen is not None and named is not None
     seen = len(setup.context.data.labels)
@@ -103,7 +105,8 @@ def with_label_map(setup: Setup) -> Setup:
         "%-10s label names: validation %s %.4f; ridge %g, scale %g", "", setup.task.metric, scores.mean(),
         found.regularization, found.scale,
     )  # fmt: skip
-    return replace(setup, frozen=replace(frozen, given=given))
+    seconds = frozen.seconds + time.monotonic() - started
+    return replace(setup, frozen=replace(frozen, given=given, seconds=seconds))
 
 
 def paired(setup: Setup) -> Setup:

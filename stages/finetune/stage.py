@@ -123,7 +123,7 @@ def describe_result(attempt: Attempt, rungs: list[Rung], setup: Setup) -> dict[s
             "actual": actual_cost(attempt, setup),
         },
         "trainable_parameters": attempt.trainable_parameters,
-        "total_parameters": count(setup.model),
+        "total_parameters": attempt.total_parameters or count(setup.model),
         "backbone_learning_rates": [min(trained), max(trained)] if trained else None,
         "head_learning_rate": attempt.rates[0]["rate"] if attempt.rates else None,
         "layer_rates": attempt.rates,

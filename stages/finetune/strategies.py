@@ -48,6 +48,8 @@ class Attempt:
     estimate: Estimate | None = None
     history_metric: str | None = None
     """Of the epochs, where it is not that of the result."""
+    total_parameters: int | None = None
+    """Of what was trained, where that is more than the result."""
 
     @property
     def metric(self) -> float | None:
@@ -77,7 +79,8 @@ def extract_features(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     network = setup.start(strategy)
     scores, learnt = frozen.scores, count(network.task_head)
     if frozen.given is not None and frozen.given.starts:
-        scores, learnt = frozen.given.scores, 0 if frozen.given.kind == "zero-shot" else learnt
+        scores = frozen.given.scores
+        learnt = 0 if setup.own_head else learnt + count(network.backbone.get_submodule("projection"))  # and the map
     return Attempt(strategy, network, scores, frozen.seconds, learnt)
 
 
@@ -155,9 +158,8 @@ def train_towers(strategy: Strategy, setup: Setup, folder: Path) -> Attempt:
     made = attempt_from(strategy, network, rates, train_once(strategy, network, pairs, rates, folder), ahead)
     tuned = with_tuned_names(network, setup)
     scores = None if made.diverged else evaluate(tuned, setup)[0]
-    return replace(
-        made, network=tuned, scores=scores, trainable_parameters=count(tuned.backbone), history_metric=pairs.task.metric
-    )
+    whole = count(network)
+    return replace(made, network=tuned, scores=scores, total_parameters=whole, history_metric=pairs.task.metric)
 
 
 STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +22,11 @@ from models.tasks import task_of
 from stages.base import StageContext
 from stages.data.splits import DataSplits, Example
 from stages.export import Export, ExportConfig
-from stages.features.label_map import embed_labels, of_length_one
+from stages.features.label_map import LabelMap, embed_labels, fit_label_map, of_length_one
 from stages.finetune import Finetune, FinetuneConfig
 from stages.finetune.label_names import paired, with_tuned_names
 from stages.finetune.notes import notes_of
-from stages.finetune.setup import build, with_frozen_result
+from stages.finetune.setup import build, count, with_frozen_result
 from tests.models.test_hf_dual import KINDS, contents, reference
 from tests.models.tiny import WORDS, hf_dual_folder, hf_text_folder
 from tests.stages.chain import context_of
@@ -189,15 +191,28 @@ def joined_backbone(root: Path) -> str:
     return f"{image_folder(root / 'image')}+{hf_text_folder(root / 'text')}"
 
 
-def test_a_language_model_reads_the_names_for_an_image_backbone(tmp_path: Path) -> None:
+def test_a_language_model_reads_the_names_for_an_image_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = image_context(tmp_path, "out", joined_backbone(tmp_path))
     config = named("feature-extraction", unseen_labels=("red",), label_templates=("a {}",))
     result = Finetune().run(context, config)
     found, checkpoint = result.measurements, load_checkpoint(context.output / "checkpoint")
     assert found["given_head"]["kind"] == "label names" and found["validation_metric"] > 0.6
+    fitted = count(checkpoint.model.task_head) + count(checkpoint.model.backbone.get_submodule("projection"))
+    assert found["trainable_parameters"] == fitted
     assert checkpoint.spec.labels == (*NAMES, "red") and checkpoint.spec.architecture["library"] == "mapped"
     assert checkpoint.spec.backbone.library == "timm"
+    clock = time.monotonic
+
+    def slowly(*arguments: Any) -> LabelMap:
+        monkeypatch.setattr("time.monotonic", lambda: clock() + 1000)
+        return fit_label_map(*arguments)
+
+    monkeypatch.setattr("stages.features.label_map.fit_label_map", slowly)
     setup = with_frozen_result(build(context, config))
+    monkeypatch.undo()
+    assert setup.frozen is not None and setup.frozen.seconds > 1000  # the map is part of what it costs
     validation = context.data["validation"]
     inputs = torch.from_numpy(setup.processing.arrays([one.content for one in validation])["image"])
     with torch.inference_mode():
@@ -223,6 +238,12 @@ def test_flyp_trains_both_towers_and_ships_one(native: bool, tmp_path: Path) -> 
     config = named("flyp", initial_head=None, epochs=3, wise_ft=True, backbone_learning_rate=3e-4)
     found = Finetune().run(context, config).measurements
     assert found["history"][2]["validation_loss"] < found["history"][0]["validation_loss"]
+    towers = count(load_backbone(context.backbone, "image-text", None, None).module)
+    learnt, whole = found["trainable_parameters"], found["total_parameters"]
+    if native:
+        assert towers + 1 == learnt < whole  # and the temperature; the projections of the head are none
+    else:
+        assert towers < learnt < whole  # and the maps behind them
     assert found["metric"] == "accuracy" and found["history_metric"] == task_of("image-text").metric
     assert len(found["wise_ft"]) == 5 and all(row["movement"] > 0 for row in found["forgetting"])
     checkpoint, validation = load_checkpoint(context.output / "checkpoint"), context.data["validation"]
