@@ -186,7 +186,8 @@ class FinetuneConfig(StageConfig):
     )
     unseen_labels: tuple[str, ...] = Field(
         default=(),
-        description="label-names, flyp: labels without examples, known by their names only; they follow the others.",
+        description="label-names with feature-extraction: labels without examples, known by their names only; they "
+        "follow the others.",
     )
     wise_ft: bool = Field(
         default=False,
@@ -361,10 +362,10 @@ class FinetuneConfig(StageConfig):
             for name in ("from_scratch", "from_run", "scratch_fractions"):
                 if getattr(self, name):
                     raise ValueError(f"label names need the pretrained towers as they are; leave {name} out")
-        if self.unseen_labels and not (self.names_labels and self.strategy in ("feature-extraction", "flyp")):
+        if self.unseen_labels and not (self.names_labels and self.strategy == "feature-extraction"):
             raise ValueError(
-                "unseen_labels are known by their names only, and other training forgets them; write strategy: "
-                "feature-extraction with initial_head: label-names, or strategy: flyp"
+                "unseen_labels are known by their names only, and training forgets them; write strategy: "
+                "feature-extraction with initial_head: label-names"
             )
 
     @property
