@@ -42,7 +42,8 @@ class LabelMap:
 
     The logits are `scale` times the cosines with `names`, float32 (labels, width) of length 1, plus `offsets`, float32
     (labels,). `centre`: float32 (width,), what was taken from the names before they got that length. `metric` is that
-    of the chosen regularisation over the folds, None where there were none.
+    of the chosen regularisation over the folds, None where there were none. `played`: the mean accuracies on seen and
+    on unseen labels when each label plays unseen, None where none did.
     """
 
     weight: np.ndarray
@@ -53,6 +54,7 @@ class LabelMap:
     offsets: np.ndarray
     regularization: float
     metric: float | None
+    played: tuple[float, float] | None = None
 
 
 def embed_texts(encoder: LoadedBackbone, texts: Sequence[str], device: str) -> np.ndarray:
@@ -118,14 +120,14 @@ def fit_label_map(features: np.ndarray, targets: np.ndarray, names: np.ndarray, 
 
     with threadpool_limits(1, "blas"):  # see `stages.features.probe.fit_head`
         chosen, scale, metric = choose_ridge(cosines, targets, seen, task)
-        raised = choose_raise(cosines, targets, seen, chosen) if seen < len(names) else 0.0
+        raised, played = choose_raise(cosines, targets, seen, chosen) if seen < len(names) else (0.0, None)
         places, centre = centred(np.arange(seen))
         fitted = Ridge(alpha=chosen, solver="cholesky").fit(inputs, places[targets])
     scaled = fitted.coef_ / deviation
     offsets = np.where(np.arange(len(names)) < seen, 0.0, scale * raised)
     weight, bias = scaled.astype(np.float32), (fitted.intercept_ - scaled @ mean).astype(np.float32)
     where = places.astype(np.float32), centre.astype(np.float32)
-    return LabelMap(weight, bias, *where, scale, offsets.astype(np.float32), chosen, metric)
+    return LabelMap(weight, bias, *where, scale, offsets.astype(np.float32), chosen, metric, played)
 
 
 def choose_ridge(cosines: Cosines, targets: np.ndarray, seen: int, task: Task) -> tuple[float, float, float | None]:
@@ -157,26 +159,34 @@ def folds_of_labels(targets: np.ndarray, seen: int) -> Iterator[tuple[np.ndarray
         yield np.flatnonzero(~held_out), np.flatnonzero(held_out), group
 
 
-def choose_raise(cosines: Cosines, targets: np.ndarray, seen: int, strength: float) -> float:
+def choose_raise(
+    cosines: Cosines, targets: np.ndarray, seen: int, strength: float
+) -> tuple[float, tuple[float, float] | None]:
     """What to add to the cosines of unseen labels; nothing where fewer than `FEWEST` labels are seen. Every other
-    example is trained on, the rest tried."""
+    example is trained on, the rest tried: and with it the accuracies of `LabelMap.played`."""
     import numpy as np
 
     if seen < FEWEST:
-        return 0.0
+        return 0.0, None
 
     first = np.arange(len(targets)) % 2 == 0
-    means = np.zeros(len(RAISES))
+    means, played = np.zeros(len(RAISES)), list[np.ndarray]()
     for group in np.array_split(np.arange(seen), min(GROUPS, seen)):
         plays_unseen = np.isin(targets, group)
         train, tried = np.flatnonzero(first & ~plays_unseen), np.flatnonzero(~first)
         if len(np.unique(targets[train])) < 2 or not plays_unseen[tried].any():
             continue
         found, unseen = cosines(train, tried, strength)[:, :seen], plays_unseen[tried]
+        played.append(np.zeros((len(RAISES), 2)))
         for index, raised in enumerate(RAISES):
             lifted = found.copy()
             lifted[:, group] += raised
             right = lifted.argmax(1) == targets[tried]
-            accuracies = right[unseen].mean(), right[~unseen].mean()
+            accuracies = right[~unseen].mean(), right[unseen].mean()
+            played[-1][index] = accuracies
             means[index] += 2 * accuracies[0] * accuracies[1] / max(sum(accuracies), 1e-12)
-    return RAISES[int(means.argmax())]
+    best = int(means.argmax())
+    if not played:
+        return RAISES[best], None
+    on_seen, on_unseen = np.mean(played, axis=0)[best]
+    return RAISES[best], (float(on_seen), float(on_unseen))

@@ -100,7 +100,7 @@ def with_label_map(setup: Setup) -> Setup:
     setup = replace(setup, model=model, spec=make_spec(spec.task, spec.backbone, mapped, spec.labels), named=named)
     scores = setup.task.scores(outputs, targets)
     loss = loss_of_head(setup, outputs, targets)
-    given = GivenHead("label names", scores, loss, True, share_of_unseen(setup, outputs))
+    given = GivenHead("label names", scores, loss, True, share_of_unseen(setup, outputs), found.played)
     setup.context.log.info(
         "%-10s label names: validation %s %.4f; ridge %g, scale %g", "", setup.task.metric, scores.mean(),
         found.regularization, found.scale,

@@ -19,6 +19,11 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
             f"the head gives {given['mistaken_for_unseen']:.1%} of the validation examples an unseen label, though all "
             "of theirs are known: the price of finding unseen ones"
         )
+    if given and (played := given.get("played_unseen")):
+        yield (
+            f"where each known label played unseen on the training examples, {played['unseen']:.1%} of the unseen ones "
+            f"and {played['seen']:.1%} of the others were right: expect about that"
+        )
     if gain := measured["gain_over_probe"]:
         seconds = measured["seconds"]
         yield (

@@ -51,13 +51,15 @@ class GivenHead:
     """A head that no training made: a dual encoder's own (`zero-shot`), or one from the names of the labels by a map
     that was fitted (`label names`). `scores` and `loss` on validation; `starts`: whether it is kept at the start, where
     the probe would be put in. `mistaken`: the share of validation examples, whose labels are all known, that it gives
-    one of the unseen labels; None where there are none."""
+    one of the unseen labels; None where there are none. `played`: the accuracies on seen and unseen labels to expect
+    (see `LabelMap`)."""
 
     kind: Literal["zero-shot", "label names"]
     scores: np.ndarray
     loss: float
     starts: bool
     mistaken: float | None = None
+    played: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def given_head_of(frozen: FrozenResult | None) -> dict[str, Any] | None:
         "validation_metric": float(given.scores.mean()),
         "starts": given.starts,
         "mistaken_for_unseen": given.mistaken,
+        "played_unseen": dict(zip(("seen", "unseen"), given.played, strict=True)) if given.played else None,
         "gain_over_probe": dataclasses.asdict(gain_of(given.scores, frozen.scores, 0.95)),
     }
 

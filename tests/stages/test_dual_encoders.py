@@ -27,6 +27,7 @@ from stages.finetune import Finetune, FinetuneConfig
 from stages.finetune.label_names import paired, with_tuned_names
 from stages.finetune.notes import notes_of
 from stages.finetune.setup import build, count, with_frozen_result
+from stages.finetune.stage import given_head_of
 from tests.models.test_hf_dual import KINDS, contents, reference
 from tests.models.tiny import WORDS, hf_dual_folder, hf_text_folder
 from tests.stages.chain import context_of
@@ -228,6 +229,11 @@ def test_a_language_model_reads_the_names_for_an_image_backbone(
     cosines = features @ torch.from_numpy(of_length_one(text)).T
     offset = checkpoint.model.task_head.get_parameter("bias")
     torch.testing.assert_close(logits, setup.named.scale * cosines + offset, atol=1e-4, rtol=1e-4)
+    assert found["given_head"]["played_unseen"] is None and not any("played unseen" in note for note in result.notes)
+    assert setup.frozen.given is not None
+    played = replace(setup.frozen, given=replace(setup.frozen.given, played=(0.5, 0.25)))
+    found["given_head"] = given_head_of(played)
+    assert any("25.0% of the unseen ones and 50.0% of the others" in note for note in notes_of(found))
     assert not offset.any()  # three labels say nothing of how far unseen ones lag behind
 
 

@@ -45,8 +45,11 @@ def test_unseen_labels_are_found_where_names_say_what_features_show() -> None:
     assert not found.offsets[:9].any() and len(set(found.offsets[9:])) == 1 and found.offsets[9] > 0
     np.testing.assert_allclose(np.linalg.norm(found.names, axis=1), 1, rtol=1e-5)
     assert found.metric is not None and found.metric > 0.8
+    assert found.played is not None
+    on_seen, on_unseen = (answers == targets)[held_out & seen].mean(), (answers == targets)[~seen].mean()
+    assert found.played == pytest.approx((on_seen, on_unseen), abs=0.25)  # an estimate, with fewer labels and examples
     alone = fit_label_map(features[seen], targets[seen], names[:9], 9, TASK)
-    assert not alone.offsets.any()
+    assert not alone.offsets.any() and alone.played is None
 
 
 def test_templates_are_averaged() -> None:
