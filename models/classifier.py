@@ -77,7 +77,8 @@ class PairHead(nn.Module):
     def lengthened(self, outputs: torch.Tensor) -> torch.Tensor:
         """The outputs with the scale as the length of the image's embedding."""
         images, texts = outputs.chunk(2, dim=1)
-        scale = Capped.apply(self.log_scale.exp(), LARGEST_SCALE)
+        capped: Any = Capped.apply
+        scale = capped(self.log_scale.exp(), LARGEST_SCALE)
         return torch.cat([images * scale.to(images.device), texts], dim=1)
 
 
