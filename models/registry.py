@@ -138,7 +138,7 @@ def check_label_names(spec: BackboneSpec, task: TaskName) -> None:
     if spec.library == "timm":
         hint = (
             f"for a language model to read them write {spec.id}+hf:sentence-transformers/all-MiniLM-L6-v2; or take a "
-            "dual encoder (hf:openai/clip-vit-base-patch32)"
+            "dual encoder (hf:google/siglip-base-patch16-224)"
         )
         raise ConfigError([Problem("backbone", f"{spec.id} has no text tower for the names of the labels", hint)])
 
