@@ -112,3 +112,18 @@ def gain_of(scores: np.ndarray, others: np.ndarray, confidence: float) -> Gain:
     """`scores` against `others`: float64 (examples,), the same examples in the same order."""
     low, high = paired_interval(scores, others, confidence)
     return Gain(float((scores - others).mean()), low, high, confidence)
+
+
+def smallest_cosine(found: np.ndarray, wanted: np.ndarray, parts: int) -> float | None:
+    """The smallest cosine similarity of the same sample in `found` and `wanted`, float (samples, outputs), over all
+    samples and the `parts` (embeddings side by side) of their outputs; None where one has no length."""
+    import numpy as np
+
+    pairs = zip(np.split(found, parts, axis=1), np.split(wanted, parts, axis=1), strict=True)
+    cosines = []
+    for one, other in pairs:
+        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        if not norms.all():
+            return None
+        cosines.append(float(((one * other).sum(1) / norms).min()))
+    return min(cosines)

@@ -39,6 +39,7 @@ from stages.gate import Gate, GateResult
 from stages.quantize.calibration import BATCH_SIZES, Method, calibrate_ranges
 from stages.quantize.qdq import Form, Layout, compute_nodes, quantizable_nodes, quantize_graph
 from stages.quantize.search import fewest, harm_of_nodes, rungs_for
+from stages.statistics import smallest_cosine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +103,13 @@ class QuantizeConfig(StageConfig):
         ge=0,
         le=1,
         description="Budget: share of validation examples with the reference's answer (ratio).",
+    )
+    min_cosine: float = Field(
+        default=0.96,
+        ge=-1,
+        le=1,
+        description="Budget of tasks that give embeddings: smallest cosine similarity of any validation example to the "
+        "reference's. A little above validate's (validate.gates.min_cosine), which is asked of other examples.",
     )
 
 
@@ -400,7 +408,7 @@ def rank_nodes(
 
 
 def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[str, Any]:
-    """Metric and agreement with the reference over the validation split; what its products really are in."""
+    """Metric, agreement and cosine with the reference over the validation split; what its products really are in."""
     import onnx
 
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
@@ -415,7 +423,7 @@ def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[st
         )
     shares = shares_of(products_of(path, one_example(bench.checkpoint, context), context.threads))
     found, before = (bench.task.scores(values, bench.targets) for values in (outputs, bench.reference))
-    return {
+    measured = {
         "metric_name": bench.task.metric,
         "metric": float(found.mean()),
         "reference_metric": float(before.mean()),
@@ -424,6 +432,9 @@ def judge(bench: Workbench, model: onnx.ModelProto, description: str) -> dict[st
         "mac_shares": shares,
         "share_int8_macs": shares.get("int8", 0.0),
     }
+    if bench.task.embeds:
+        measured["cosine"] = smallest_cosine(outputs, bench.reference, bench.task.embeds)
+    return measured
 
 
 def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any]) -> str:
@@ -436,6 +447,14 @@ def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any]) -> str:
         return f"{lost}; the budget is {config.max_metric_drop:.4f}"
     if measured["agreement"] < config.min_agreement:
         return f"it agrees with the reference on {measured['agreement']:.2%}; the budget is {config.min_agreement:.2%}"
+    if "cosine" in measured:
+        cosine = measured["cosine"]
+        if cosine is None:
+            return "an embedding has no length, and thus no direction"
+        if not cosine >= config.min_cosine:
+            return (
+                f"an embedding has the cosine {cosine:.4f} with the reference's; the budget is {config.min_cosine:.4f}"
+            )
     return ""
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from models.spec import side_by_side
 from models.tasks.single_label import SingleLabel
 from stages.inputs import batches
-from stages.statistics import paired_interval, smallest_visible_drop
+from stages.statistics import paired_interval, smallest_cosine, smallest_visible_drop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,20 +164,6 @@ def mean_divergence(found: np.ndarray, wanted: np.ndarray) -> float:
     before, after = log_probabilities(wanted), log_probabilities(found)
     # Rounding can leave a divergence of equal distributions just below zero.
     return max(float((np.exp(before) * (before - after)).sum(1).mean()), 0.0)
-
-
-def smallest_cosine(found: np.ndarray, wanted: np.ndarray, parts: int) -> float | None:
-    """Over all samples and the `parts` (embeddings side by side) of their outputs; None where one has no length."""
-    import numpy as np
-
-    pairs = zip(np.split(found, parts, axis=1), np.split(wanted, parts, axis=1), strict=True)
-    cosines = []
-    for one, other in pairs:
-        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        if not norms.all():
-            return None
-        cosines.append(float(((one * other).sum(1) / norms).min()))
-    return min(cosines)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

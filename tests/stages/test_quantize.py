@@ -28,6 +28,7 @@ from stages.quantize.calibration import BATCH_SIZES, Method, calibrate_ranges, l
 from stages.quantize.qdq import Form, compute_nodes, quantizable_nodes, quantize_graph
 from stages.quantize.search import fewest, rungs_for
 from stages.quantize.stage import Workbench, calibrate, outside_budget, quantize_statically, rank_nodes
+from stages.validate import ValidateConfig
 from tests.stages.chain import artifact_of, context_of, made, test_split
 
 TASKS: tuple[TaskName, ...] = ("image-classification", "text-classification", "audio-classification")
@@ -374,6 +375,15 @@ def test_a_drop_that_equals_the_budget_is_inside() -> None:
     measured = {"metric_drop": (434 - 429) / 500, "metric_name": "accuracy", "agreement": 1.0, "share_int8_macs": 1.0}
     assert outside_budget(QuantizeConfig(max_metric_drop=0.01), measured) == ""
     assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured)
+
+
+@pytest.mark.parametrize(("cosine", "said"), [(0.96, ""), (0.959, "has the cosine 0.9590"), (None, "has no length")])
+def test_embeddings_have_a_budget_for_their_cosine(cosine: float | None, said: str) -> None:
+    measured = {"metric_drop": 0.0, "metric_name": "recall@1", "agreement": 1.0, "share_int8_macs": 1.0}
+    assert outside_budget(QuantizeConfig(), measured) == ""
+    found = outside_budget(QuantizeConfig(), measured | {"cosine": cosine})
+    assert said in found and bool(said) == bool(found)
+    assert ValidateConfig().gates.min_cosine < QuantizeConfig().min_cosine
 
 
 METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile", "mse")

@@ -116,9 +116,11 @@ def test_from_labels_to_a_bundle(tmp_path: Path, task: str) -> None:
     run(Export(), ExportConfig())
     run(Quantize(), QuantizeConfig.model_validate({"schemes": ["int8-static"], "max_metric_drop": 1.0,
                                                    "min_agreement": 0.0, "calibration_samples": 8,
-                                                   "min_int8_share": 0.0}))  # fmt: skip
-    # The nearest of 24 points flips with little noise, where many of them have the same word.
+                                                   "min_int8_share": 0.0, "min_cosine": 0.85}))  # fmt: skip
+    (int8,) = measured["quantize"]["candidates"]
     # INT8 of a tiny random network turns each of its two embeddings by up to a cosine of .92 (measured).
+    assert ("cosine" in int8) == (task in ("image-text", "text-features")) and int8.get("cosine", 0.9) < 1
+    # The nearest of 24 points flips with little noise, where many of them have the same word.
     gates = GATES | ({"min_agreement": 0.1, "min_cosine": 0.85} if task in ("image-text", "text-features") else {})
     run(Validate(), ValidateConfig.model_validate({"latency_calls": 20, "objective": "accuracy", "gates": gates}))
     run(Package(), PackageConfig(name="tiny"))
