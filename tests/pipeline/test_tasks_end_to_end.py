@@ -14,6 +14,7 @@ from pipeline.report import validate_run
 from pipeline.report.markup import markdown_text
 from tests.pipeline.finished_run import ONE_THREAD, measured, record_of
 from tests.pipeline.tiny_project import pipeline
+from tests.prompts import needs_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -33,16 +34,25 @@ LONGER = {
         "data.max_calibration_samples=64",
         "finetune.strategy=feature-extraction",
     ),
+    "image-features": ("finetune.image_size=64", "quantize.schemes=[]"),
+    "audio-features": ("finetune.max_seconds=2", "data.max_train_samples=null", "quantize.schemes=[]"),
 }
 """Recipe → what is set otherwise: few pairs say little of how near two definitions are; one text recipe is trained."""
 
 METRICS = {
     "text-multilabel": "samples F1", "text-pairs": "accuracy", "text-regression": "R²",
-    "image-multilabel": "samples F1", "text-features": "recall@1",
+    "image-multilabel": "samples F1", "text-features": "recall@1", "image-features": "recall@1",
+    "audio-features": "recall@1",
 }  # fmt: skip
 
+WIDTHS = {"text-features": 384, "image-features": 1280, "audio-features": 384}
+"""Recipe → values of its embedding."""
 
-@pytest.fixture(scope="module", params=list(METRICS))
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=needs_prompts if name == "audio-features" else ()) for name in METRICS],
+)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The name of a recipe and the folder of its finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
@@ -60,10 +70,12 @@ def test_every_gate_passed_and_transfer_pays(finished: tuple[str, Path]) -> None
     assert validate_run(record) == []
     assert {gate["verdict"] for stage in record["stages"] for gate in stage["gates"]} == {"pass"}
     finetune, validate = measured(folder, "finetune"), measured(folder, "validate")
-    assert (finetune["metric"], validate["metric_name"], validate["samples"]) == (METRICS[name], METRICS[name], 300)
+    assert finetune["metric"] == validate["metric_name"] == METRICS[name]
+    assert validate["samples"] == (102 if name == "audio-features" else 300)
     assert finetune["validation_metric"] > finetune["constant_baseline"] + 0.02
     assert finetune["probe_validation_metric"] > finetune["against_raw"]["curve"][-1]["raw"]
-    assert {one["precision"] for one in validate["candidates"]} == {"fp32", "fp16", "int8"}
+    precisions = {"fp32", "fp16"} if name in ("image-features", "audio-features") else {"fp32", "fp16", "int8"}
+    assert {one["precision"] for one in validate["candidates"]} == precisions
     assert markdown_text(METRICS[name]) in (folder / "report.md").read_text(encoding="utf-8")
 
 
@@ -75,9 +87,9 @@ def test_the_bundle_answers(finished: tuple[str, Path]) -> None:
     inputs = [argument_of(bundle / sample["file"]) for sample in samples]
     rows: list[dict[str, Any]] = json.loads(pipeline("predict", str(bundle), *inputs, "--json").stdout)
     assert [row["input"] for row in rows] == inputs
-    if name == "text-features":
+    if name in WIDTHS:
         vectors = np.array([row["embedding"] for row in rows])
-        assert vectors.shape == (len(rows), 384)
+        assert vectors.shape == (len(rows), WIDTHS[name])
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3)
     elif name == "text-regression":
         assert all(abs(row["score"] - float(row["label"])) < 1e-3 and not row["probabilities"] for row in rows)
