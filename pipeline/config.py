@@ -22,6 +22,7 @@ from models.tasks import FEATURES, MODALITY_OF_TASK, task_of
 from stages import section_of
 from stages.base import StageConfig
 from stages.data.config import DataConfig
+from stages.data.load import check_named
 from stages.data.sources import check_source, modality_of
 from stages.data.sources.base import PLURALS
 from stages.export import ExportConfig
@@ -129,6 +130,9 @@ def make_config(
     if modality and isinstance(data, dict) and isinstance(data.get("source"), str):
         with collected(problems, lines, file, "data", "source"):
             check_source(data["source"], modality)
+    if config is not None:
+        with collected(problems, lines, file, "data", "label_names"):
+            check_named(config.data, config.task)
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec

@@ -171,6 +171,11 @@ FEATURES: dict[str, TaskName] = {row.modality: name for name, row in TASKS.items
 MODALITY_OF_TASK: dict[str, str] = {name: row.modality for name, row in TASKS.items()}
 
 
+def has_classes(name: TaskName) -> bool:
+    """Whether the labels of a task are names, one or several an example; those of others are numbers and texts."""
+    return TASKS[name].kind in (SINGLE_LABEL, MULTI_LABEL, EMBEDDING)
+
+
 @cache
 def task_of(name: TaskName) -> Task:
     """The kind of a task."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections import Counter
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.base import StageConfig
 
@@ -29,6 +30,11 @@ class DataConfig(StageConfig):
         default="label",
         description='Column with labels; of a multilabel task lists, or texts with ";" between the labels; of a '
         "regression numbers.",
+    )
+    label_names: dict[str, str] = Field(
+        default={},
+        description="Label in the data: its name in answers, reports and bundles, e.g. {0: shirt, 1: coat}. The others "
+        "keep theirs. Not for regression and image-text.",
     )
     split_column: str | None = Field(default=None, description="Column that names each row's split, if there is one.")
     validation_fraction: float = Field(
@@ -64,6 +70,28 @@ class DataConfig(StageConfig):
         description="What to do with an example that cannot be read, has two labels or is in two splits: "
         "fail, or leave it out and say so.",
     )
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def read_numbers(cls, value: Any) -> Any:
+        """Labels that YAML reads as numbers are texts here, as in the data."""
+        if not isinstance(value, dict):
+            return value
+        numbers = {key for key in value if isinstance(key, int | float) and not isinstance(key, bool)}
+        return {str(key) if key in numbers else key: name for key, name in value.items()}
+
+    @model_validator(mode="after")
+    def check_names(self) -> Self:
+        """A name says something, and two labels with one name would be one label."""
+        if empty := [label for label, name in self.label_names.items() if not name.strip()]:
+            raise ValueError(f"label_names gives {empty[0]!r} an empty name; leave it out, and it keeps its own")
+        twice = [name for name, count in Counter(self.label_names.values()).items() if count > 1]
+        if twice:
+            labels = " and ".join(repr(label) for label, name in self.label_names.items() if name == twice[0])
+            raise ValueError(
+                f"label_names gives {labels} the same name {twice[0]!r}; expected a name of its own for each"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_fractions(self) -> Self:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.errors import DataError
+from models.errors import ConfigError, DataError, Problem
 from models.spec import TaskName
-from models.tasks import MODALITY_OF_TASK, Task, classes_of, task_of
+from models.tasks import MODALITY_OF_TASK, Label, Task, classes_of, has_classes, task_of
 from stages.data.config import DataConfig
 from stages.data.content_digests import ContentDigests
 from stages.data.sources import read_source
-from stages.data.sources.base import Row, shortened, unicode_problem
+from stages.data.sources.base import Row, nearest, shortened, unicode_problem
 from stages.data.splits import SPLITS, DataSplits, Example, digest_of_text, fingerprint_of
 from stages.data.splitting import Placed, Splits, check_labels_in_train, given_splits, limit, own_splits, shuffled
 
@@ -37,14 +37,15 @@ def load_data(config: DataConfig, task: TaskName) -> DataSplits:
     """The data of a run.
 
     Raises:
-        ConfigError: the source is not there, or of no known kind.
-        DataError: an example cannot be read, a class is too small, a label is not in train, or the same
-            content is in two splits. The message names what and where.
+        ConfigError: the source is not there, or of no known kind; names for labels that the task does not have.
+        DataError: an example cannot be read, a class is too small, a label is not in train, the same content is in
+            two splits, or a label that has a name is not there. The message names what and where.
         MissingCapabilityError: a hub data set cannot be had here.
     """
     kind, modality = task_of(task), MODALITY_OF_TASK[task]
+    check_named(config, task)
     source = read_source(config, modality, kind)
-    checked, notes = drop_unreadable(source.rows, config, modality)
+    checked, notes = drop_unreadable(with_names(source.rows, config), config, modality)
     checked, more = drop_contradictions(checked, config)
     checked, captions = drop_other_captions(checked, config)
     more += captions
@@ -67,6 +68,50 @@ def load_data(config: DataConfig, task: TaskName) -> DataSplits:
         fingerprints={name: fingerprint_of(labels, frozen[name]) for name in SPLITS},
         notes=(*source.notes, *capped([*notes, *more, *split_notes])),
     )
+
+
+def check_named(config: DataConfig, task: TaskName) -> None:
+    """Raises `ConfigError` for names of labels (data.label_names) where a task has no labels to name."""
+    if config.label_names and not has_classes(task):
+        problem = f"labels of {task} are numbers or texts, which have no other name"
+        raise ConfigError([Problem("data.label_names", problem, "leave data.label_names out")])
+
+
+def with_names(rows: Sequence[Row], config: DataConfig) -> list[Row]:
+    """The rows with the names of `data.label_names` for labels.
+
+    Raises:
+        DataError: a label that has a name is in no row, or its name is another label's.
+    """
+    names = config.label_names
+    if not names:
+        return list(rows)
+    known = {label for row in rows if not row.problem for label in labels_of(row)}
+    if missing := [label for label in names if label not in known]:
+        near = [
+            f"{label!r}" + f" (did you mean {nearest(label, known)!r}?)" * bool(nearest(label, known))
+            for label in missing
+        ]
+        found = ", ".join(repr(label) for label in sorted(known)[:10]) + ", …" * (len(known) > 10)
+        raise DataError(f"data.label_names names labels that {config.source} has not: {shortened(near)}; found {found}")
+    if taken := [label for label, name in names.items() if name in known and name not in names]:
+        raise DataError(
+            f"data.label_names gives {taken[0]!r} the name {names[taken[0]]!r}, which another label of {config.source} "
+            "has already; expected a name of its own for each"
+        )
+    return [row if row.problem else replace(row, label=named(row.label, names)) for row in rows]
+
+
+def labels_of(row: Row) -> tuple[str, ...]:
+    """The classes of a row."""
+    return row.label if isinstance(row.label, tuple) else (str(row.label),)
+
+
+def named(label: Label, names: Mapping[str, str]) -> Label:
+    """A label, or several, by the names that they are to have."""
+    if isinstance(label, tuple):
+        return tuple(sorted(names.get(one, one) for one in label))
+    return names.get(str(label), label)
 
 
 def drop_unreadable(rows: Sequence[Row], config: DataConfig, modality: str) -> tuple[list[Checked], list[str]]:

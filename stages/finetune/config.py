@@ -362,6 +362,8 @@ class FinetuneConfig(StageConfig):
             for name in ("from_scratch", "from_run", "scratch_fractions"):
                 if getattr(self, name):
                     raise ValueError(f"label names need the pretrained towers as they are; leave {name} out")
+        if not all(one.strip() for one in self.unseen_labels):
+            raise ValueError("unseen_labels has an empty name, which says nothing; leave it out")
         if self.unseen_labels and not (self.names_labels and self.strategy == "feature-extraction"):
             raise ValueError(
                 "unseen_labels are known by their names only, and training forgets them; write strategy: "

@@ -869,3 +869,53 @@ def test_numbers_that_no_head_gets_to_are_refused(tmp_path: Path, scale: float, 
     file.write_text("text,label\n" + "\n".join(numbers), encoding="utf-8")
     with pytest.raises(DataError, match="Subtract the mean and divide by the deviation"):
         load(file, "text-regression")
+
+
+# --- names of labels --------------------------------------------------------------------------------
+
+
+def test_labels_get_the_names_of_the_configuration(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", texts({"0": 10, "1": 10, "2": 10}))
+    raw = load_data(DataConfig(source=str(file)), TEXTS)
+    # 0 takes the name that 1 gives away.
+    config = DataConfig.model_validate({"source": str(file), "label_names": {0: "1", 1: "coat"}})
+    for task in (TEXTS, "text-features"):
+        data = load_data(config, task)  # type: ignore[arg-type]
+        assert data.labels == ("1", "2", "coat") and data.fingerprints != raw.fingerprints
+        found = {(str(one.content)[0], data.labels[int(one.label)]) for name in SPLITS for one in data[name]}  # type: ignore[arg-type]
+        assert found == {("0", "1"), ("1", "coat"), ("2", "2")}
+
+
+def test_each_of_several_labels_gets_its_name(tmp_path: Path) -> None:
+    rows = [(f"text {number}", ("a;b", "b", "c", "")[number % 4]) for number in range(40)]
+    file = write_csv(tmp_path / "a.csv", rows)
+    data = load_data(DataConfig(source=str(file), label_names={"a": "zebra"}), "text-multilabel")
+    assert data.labels == ("b", "c", "zebra")
+    assert {one.label for one in data["train"]} == {(0, 2), (0,), (1,), ()}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"shirts": "Shirt"}, r"has not: 'shirts' \(did you mean 'shirt'\?\); found 'coat', 'shirt'"),
+        ({"shirt": "coat"}, "gives 'shirt' the name 'coat', which another label"),
+    ],
+)
+def test_names_that_no_label_takes(names: dict[str, str], said: str, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", texts({"shirt": 10, "coat": 10}))
+    with pytest.raises(DataError, match=said):
+        load_data(DataConfig(source=str(file), label_names=names), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [({"a": "x", "b": "x"}, "'a' and 'b' the same name 'x'"), ({"a": " "}, "an empty name")]
+)
+def test_names_that_say_nothing(names: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        DataConfig(source="a.csv", label_names=names)
+
+
+@pytest.mark.parametrize("task", ["text-regression", "image-text"])
+def test_numbers_and_texts_have_no_names(task: Any) -> None:
+    with pytest.raises(ConfigError, match=f"labels of {task} are numbers or texts"):
+        load_data(DataConfig(source="a.csv", label_names={"a": "x"}), task)

@@ -288,6 +288,7 @@ def test_flyp_moves_the_text_tower_that_the_head_comes_from(tmp_path: Path) -> N
         ({"strategy": "lora", "initial_head": "label-names", "unseen_labels": ["x"]}, "training forgets them"),
         ({"strategy": "flyp", "unseen_labels": ["x"]}, "training forgets them"),
         ({"unseen_labels": ["x"]}, "write strategy: feature-extraction"),
+        ({"strategy": "flyp", "unseen_labels": ["x", " "]}, "has an empty name"),
         ({"label_templates": ["a photo"]}, "has not one"),
     ],
 )
