@@ -112,6 +112,9 @@ def make_config(
         config = PipelineConfig.model_validate(values)
     except ValidationError as error:
         known = {problem.place for problem in problems}
+        # Where it cannot be told what feature-extraction stands for, that was said, or the data are missing.
+        if values.get("task") == ANY_FEATURES:
+            known.add(f"{place_of(('task',), lines, str(file))} task")
         problems += [one for one in problems_from_validation(error, lines, str(file)) if one.place not in known]
     spec: BackboneSpec | None = None
     if isinstance(values.get("backbone"), str):

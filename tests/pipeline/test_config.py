@@ -257,6 +257,14 @@ def test_where_it_cannot_be_told_the_task_is_asked_for(source: str, said: str, t
     assert len(others) == 1 and "did you mean 'seed'" in others[0]
 
 
+@pytest.mark.parametrize("data", ["", "data: 3\n"])
+def test_without_data_feature_extraction_is_not_the_mistake(data: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, f"task: feature-extraction\nbackbone: timm:resnet18\n{data}"))
+    (problem,) = map(str, caught.value.problems)
+    assert " data" in problem and "text-classification" not in problem
+
+
 def test_a_backbone_of_timm_takes_images(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, FEATURES.format("timm:resnet18", "hf:some/set")))[0].task == "image-features"
     with pytest.raises(ConfigError, match="did you mean demo:fashion-mnist"):
