@@ -297,6 +297,8 @@ def predict(
         if output and opened.kind.embeds != 1:
             problem = f"takes embeddings, one an input, and this bundle's task is {opened.task}"
             raise ConfigError([Problem("--output", problem, "leave it out, or take a bundle of feature-extraction")])
+        if output:
+            check_writable(output)
         if text:
             if opened.task != "image-text":
                 problem = f"compares texts with images, and this bundle's task is {opened.task}"
@@ -317,6 +319,19 @@ def predict(
             return
         for item, one in zip(words, answers, strict=True):
             echo(f"{one.label}\t{one.score:.4f}\t{item}")
+
+
+def check_writable(file: Path) -> None:
+    """A look, before the work, at whether a file can be written there. Raises `ConfigError`."""
+    problem = ""
+    if file.is_dir():
+        problem = "is a folder"
+    elif not file.absolute().parent.is_dir():
+        problem = "its folder is not there"
+    elif not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        problem = "permission denied"
+    if problem:
+        raise ConfigError([Problem(f"--output {file}", f"cannot be written: {problem}", "name another file")])
 
 
 def print_embeddings(inputs: list[str], vectors: list[tuple[float, ...]], output: Path | None, as_json: bool) -> None:

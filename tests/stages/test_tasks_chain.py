@@ -180,8 +180,10 @@ def check_vectors(bundle: Path, texts: list[str], wanted: np.ndarray, folder: Pa
     assert (written.dtype, written.shape) == (np.float32, wanted.shape)
     assert [row["input"] for row in rows] == texts and np.array_equal([row["embedding"] for row in rows], written)
     np.testing.assert_allclose(written, vectors, atol=1e-5)
-    refused = on_a_device("predict", str(bundle), texts[0], "-o", str(folder))
-    assert refused.returncode == 2 and "cannot be written" in refused.stderr
+    for place, said in ((folder, "is a folder"), (folder / "none/a.npy", "its folder is not there")):
+        # Before the work: the second input, which no bundle reads, is not looked at.
+        refused = on_a_device("predict", str(bundle), texts[0], "\udcff", "-o", str(place))
+        assert refused.returncode == 2 and f"cannot be written: {said}" in refused.stderr
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
