@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, DataError, ModelError, PipelineError, Problem, StageError
 from models.registry import check_task, pin, resolve
-from models.tasks import task_of
+from models.tasks import FEATURES, MODALITY_OF_TASK, task_of
 from models.tasks.single_label import SingleLabel
 from pipeline.config import PipelineConfig, load_config, make_config
 from pipeline.machine import REPORTED_PACKAGES, describe_hardware, resolve_device
@@ -51,7 +51,7 @@ from stages.transferability.ranking import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.spec import BackboneSpec
+    from models.spec import BackboneSpec, TaskName
     from stages.data.splits import DataSplits
     from stages.transferability.scores import Fold
 
@@ -102,9 +102,7 @@ def read_request(
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if not isinstance(task_of(config.task), SingleLabel):
-        problems.append(
-            Problem("task", f"rank compares by single classes; {config.task} has none", "take a classification task")
-        )
+        problems.append(problem_of_task(config.task))
     for spec in resolved.values():
         try:
             check_task(spec, config.task)
@@ -113,6 +111,15 @@ def read_request(
     if problems:
         raise ConfigError(problems)
     return config, list(resolved.values())
+
+
+def problem_of_task(task: TaskName) -> Problem:
+    """Why backbones are not ranked for a task without logits of single classes, and what to write instead."""
+    modality = MODALITY_OF_TASK[task]
+    if FEATURES.get(modality) == task:
+        problem = f"rank judges by how well a linear model tells the labels apart; {task} has embeddings in its place"
+        return Problem("task", problem, f"write {modality}-classification, which reads the same labels")
+    return Problem("task", f"rank compares by single classes; {task} has none", "take a classification task")
 
 
 def read_config(

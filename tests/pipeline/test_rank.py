@@ -122,6 +122,20 @@ def test_without_a_file_task_and_data_are_asked_for(tmp_path: Path, monkeypatch:
     assert config.seed == 7 and config.threads == 2 and [spec.id for spec in specs] == ["timm:resnet18"]
 
 
+@pytest.mark.parametrize(
+    ("task", "data", "said"),
+    [
+        ("image-features", "demo:fashion-mnist", "write image-classification, which reads the same labels"),
+        ("feature-extraction", "demo:fashion-mnist", "image-features has embeddings in its place"),
+        ("image-multilabel", "demo:fashion-mnist-grids", "image-multilabel has none"),
+    ],
+)
+def test_a_task_that_is_not_ranked_says_what_is(task: str, data: str, said: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        read_request(["timm:resnet18"], None, {"task": task, "data.source": data}, [], None)
+    assert said in " ".join(map(str, found.value.problems))
+
+
 def test_options_win_over_the_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     options = {"task": None, "data.source": "photos/train", "data.max_train_samples": 9, "finetune.image_size": 64}
