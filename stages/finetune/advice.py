@@ -1,7 +1,12 @@
-"""Was enough unfrozen? Advice to let more of the backbone learn, with the evidence for it; silent without."""
+"""Was enough unfrozen? Advice to let more of the backbone learn, with the evidence for it; silent without. And what the
+batches of a contrastive training can teach."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from stages.statistics import Gain
@@ -19,6 +24,41 @@ Measured in the same runs: .82, 1.00, .96 and .80."""
 
 STEEP = 20.0
 """All layers learn, but the lowest this many times more slowly than the head: the default is 100."""
+
+
+FEW_POSITIVES = 0.5
+"""Fewer of the examples than this share have another one of their label in the batch: the contrastive loss is 0 for the
+others, so most of every step teaches nothing."""
+
+
+def share_with_positive(labels: Sequence[Hashable], batch_size: int) -> float:
+    """The expected share (0 to 1) of the examples of a batch, drawn without replacement, that have another one of their
+    label in it. `labels`: of all training examples.
+
+    Of N examples n have the label of a given one: that none of those is among the other B − 1 of its batch has the
+    hypergeometric probability C(N − n, B − 1) / C(N − 1, B − 1).
+    """
+    examples = len(labels)
+    others = min(batch_size, examples) - 1
+    if others < 1:
+        return 0.0
+    ways = math.comb(examples - 1, others)
+    alone = sum(Fraction(count * math.comb(examples - count, others), ways) for count in Counter(labels).values())
+    return float(1 - alone / examples)
+
+
+def note_on_batches(labels: Sequence[Hashable], batch_size: int) -> str:
+    """What the batches of a contrastive training by labels hold; and where most examples are alone, what to do."""
+    share = share_with_positive(labels, batch_size)
+    note = f"in a batch of {batch_size} {share:.0%} of the examples have another one of their label to be drawn to"
+    if share >= FEW_POSITIVES:
+        return note
+    larger = batch_size
+    while larger < len(labels) and share_with_positive(labels, larger) < FEW_POSITIVES:
+        larger = min(2 * larger, len(labels))
+    if share_with_positive(labels, larger) < FEW_POSITIVES:
+        return f"{note}; the others teach nothing, and no batch has more: give more examples a label in common"
+    return f"{note}; the others teach nothing: write finetune.batch_size: {larger}"
 
 
 def advise(measured: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from models.tasks import FEATURES
 from stages.artifact import write_json
 from stages.base import NETWORK_PACKAGES, PROCESSING_PACKAGES, MachinePart, StageContext, StageResult
 from stages.data.splits import SplitName
@@ -38,7 +39,7 @@ class Finetune:
 
     def run(self, context: StageContext, config: FinetuneConfig) -> StageResult:
         """Probe, then train where the strategy asks for it."""
-        from stages.finetune.advice import advise
+        from stages.finetune.advice import advise, note_on_batches
         from stages.finetune.ladder import climb
         from stages.finetune.setup import build, seed_everything, with_frozen_result
         from stages.finetune.strategies import make_attempt
@@ -52,6 +53,10 @@ class Finetune:
         raw = None if config.from_scratch else compare_with_raw(setup)
         if raw and raw.warning:
             context.log.warning("%-10s %s", "", raw.warning)
+        notes = []
+        if context.task in FEATURES.values() and strategy != "feature-extraction":
+            notes.append(note_on_batches([one.label for one in context.data["train"]], config.batch_size))
+            context.log.info("%-10s %s", "", notes[0])
         rungs: list[Rung] = []
         if strategy == "auto":
             attempt, rungs = climb(setup, context.resume)
@@ -68,7 +73,7 @@ class Finetune:
         # Without the seconds: the same training gives the same bytes, so nothing that follows runs again.
         epochs = [{key: entry[key] for key in entry if key != "seconds"} for entry in attempt.history]
         write_json(context.output / "history.json", {"epochs": epochs})
-        return StageResult(check(measurements, config), measurements, tuple(notes_of(measurements)))
+        return StageResult(check(measurements, config), measurements, (*notes, *notes_of(measurements)))
 
 
 def save(attempt: Attempt, setup: Setup) -> None:

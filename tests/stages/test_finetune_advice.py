@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.finetune import Finetune, FinetuneConfig
-from stages.finetune.advice import FAR_GAIN, LOW_CKA, advise
+from stages.finetune.advice import FAR_GAIN, LOW_CKA, advise, note_on_batches, share_with_positive
 from stages.finetune.notes import notes_of
 from tests.stages.small_run import made_up_data, make_context
 
@@ -65,3 +67,29 @@ def test_transfer_that_does_not_pay_says_unfreeze_more_once(tmp_path: Path) -> N
     (said,) = found["advice"]
     assert "Unfreeze more" in said and said == found["against_raw"]["warning"]
     assert sum("Unfreeze more" in note for note in notes_of(found)) == 1
+
+
+def test_the_share_with_a_positive_is_that_of_all_batches() -> None:
+    labels = [0, 0, 0, 1, 1, 2, 3]
+    for size in (2, 3, 5, 7, 9):
+        batches = list(combinations(labels, min(size, len(labels))))
+        found = [batch.count(label) > 1 for batch in batches for label in batch]
+        assert share_with_positive(labels, size) == pytest.approx(sum(found) / len(found))
+    assert share_with_positive(labels, 1) == 0
+
+
+def test_batches_that_teach_little_say_how_large_they_must_be() -> None:
+    many = [index // 4 for index in range(2000)]
+    assert note_on_batches(many, 32).startswith("in a batch of 32 5% of the examples have")
+    assert note_on_batches(many, 32).endswith("write finetune.batch_size: 512")
+    assert share_with_positive(many, 256) < 0.5 <= share_with_positive(many, 512)
+    assert "teach nothing" not in note_on_batches(many, 512)
+    assert note_on_batches(list(range(50)), 8).endswith("give more examples a label in common")
+
+
+@pytest.mark.parametrize("strategy", ["lora", "feature-extraction"])
+def test_training_of_embeddings_notes_its_batches(strategy: Any, tmp_path: Path) -> None:
+    context = replace(make_context(tmp_path, "out", made_up_data("image")), task="image-features")
+    result = Finetune().run(context, FinetuneConfig(strategy=strategy, epochs=1, batch_size=6))
+    said = [note for note in result.notes if "in a batch of 6 " in note]
+    assert len(said) == (strategy == "lora")
