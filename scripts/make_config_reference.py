@@ -70,6 +70,8 @@ def words(annotation: Any) -> str:
     parts = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
     if get_origin(annotation) is tuple:
         return f"list of: {words(parts[0])}"
+    if get_origin(annotation) is dict:
+        return f"{words(parts[0])}: {words(parts[1])}, any number"
     if parts:
         return " or ".join(words(part) for part in parts)
     return {str: "text", int: "integer", float: "number", bool: "true, false"}.get(annotation, str(annotation))
