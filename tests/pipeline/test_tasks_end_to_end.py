@@ -34,8 +34,7 @@ LONGER = {
         "data.max_calibration_samples=64",
         "finetune.strategy=feature-extraction",
     ),
-    # The head of 500 small images is steeper than the recipe's: fp16 is off by .049 of the range.
-    "image-features": ("finetune.image_size=64", "quantize.schemes=[]", "validate.gates.max_relative_error_fp16=0.08"),
+    "image-features": ("data.max_train_samples=null", "quantize.schemes=[]"),
     "audio-features": ("finetune.max_seconds=2", "data.max_train_samples=null", "quantize.schemes=[]"),
 }
 """Recipe → what is set otherwise: few pairs say little of how near two definitions are; one text recipe is trained."""
