@@ -590,7 +590,7 @@ def test_text_features_ignore_padding() -> None:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ({"library": "keras"}, "'keras'; expected timm, hf or dual"),
+        ({"library": "keras"}, "'keras'; expected timm, hf, dual or mapped"),
         ({"library": "timm", "name": "resnet18"}, "has no 'arguments'"),
         ({**TIMM, "arguments": {"checkpoint_path": "evil.pth"}}, "checkpoint_path"),
         ({**TIMM, "name": "hf-hub:org/repo"}, "hf-hub:org/repo"),
