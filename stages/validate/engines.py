@@ -96,16 +96,19 @@ def release_of(version: str) -> str:
 def choose_engines(
     context: StageContext, engines: list[dict[str, Any]], ranked: Sequence[str], objective: str
 ) -> tuple[str, ...]:
-    """Fill in which engine is shipped for which target: that of the best candidate that has one. The asked targets.
+    """Fill in which engine is shipped for which target. The asked targets.
 
-    One that a device has proven goes first: of two candidates that are equally fast, another run may find the other one
-    the faster. For size it is the smallest engine: INT8 ones may be larger than FP16 ones (EfficientNet-Lite0: 9.8 and
-    7.5 MB).
+    One that a device has proven goes first, one that a device has found wrong last. Then for size and for latency the
+    smallest: how fast the candidates are on this processor says nothing of a GPU, and what is read from memory does.
+    INT8 engines may be larger than FP16 ones (EfficientNet-Lite0: 9.8 and 7.5 MB). For accuracy it is that of the best
+    candidate.
     """
 
-    def rank(entry: dict[str, Any], target: str) -> tuple[bool, int, int]:
-        size = entry["size_bytes"] or 0 if objective == "size" else 0
-        return not holds(entry, target), size, ranked.index(entry["candidate"])
+    def rank(entry: dict[str, Any], target: str) -> tuple[int, int, int]:
+        found = entry["receipts"].get(target, {}).get("relative_error")
+        proven = 1 if found is None else 0 if holds(entry, target) else 2
+        size = 0 if objective == "accuracy" else entry["size_bytes"] or 0
+        return proven, size, ranked.index(entry["candidate"])
 
     request = asked_engines(context.inputs["export"])
     targets = request.targets if request else ()

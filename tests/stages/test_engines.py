@@ -199,22 +199,24 @@ def test_each_target_ships_the_engine_of_the_best_candidate_that_has_one() -> No
     assert not any("receipt" in gate["name"] for gate in gates)  # what is not proven has no gate that passes
     evidence = json.loads(artifacts["validate"].file("evidence.json").read_text())
     shipped = {target: one["candidate"] for one in evidence["engines"] for target in one["ships_for"]}
-    assert shipped == dict.fromkeys(ASKED["targets"], evidence["chosen"])
+    assert set(shipped) == set(ASKED["targets"])
     engines = [{**one, "ships_for": []} for one in evidence["engines"]]
     context = context_of(temporary_folder(), with_engines(), TASK)
     order = ["onnx-int8-dynamic", "onnx-fp32", "onnx-fp16"]
-    choose_engines(context, engines, order, "latency")  # the best has no engine
+    choose_engines(context, engines, order, "accuracy")  # the best has no engine
     assert {one["candidate"] for one in engines if one["ships_for"]} == {"onnx-fp32"}
     engines = [{**one, "ships_for": []} for one in engines]
-    choose_engines(context, engines, order, "size")  # that of the engines, not of their ONNX files
-    assert {one["candidate"] for one in engines if one["ships_for"]} == {"onnx-fp16"}
+    for objective in ("size", "latency"):  # the size of the engines, not of their ONNX files
+        engines = [{**one, "ships_for": []} for one in engines]
+        choose_engines(context, engines, order, objective)
+        assert {one["candidate"] for one in engines if one["ships_for"]} == {"onnx-fp16"}
     engines = [{**one, "ships_for": [], "receipts": {}} for one in engines]
     for one in engines:  # a device has proven one, and found another to be wrong
         error = {"onnx-fp16.sm86-sm89": 0.01, "onnx-fp16.sm75": 0.5}.get(one["name"])
         one["receipts"] = {} if error is None else {one["targets"][0]: {"relative_error": error}}
     choose_engines(context, engines, order, "latency")
     shipped = {target: one["candidate"] for one in engines for target in one["ships_for"]}
-    assert shipped == {"sm75": "onnx-fp32", "sm86": "onnx-fp16", "sm89": "onnx-fp32"}
+    assert shipped == {"sm75": "onnx-fp32", "sm86": "onnx-fp16", "sm89": "onnx-fp16"}
 
 
 @needs_rtx
