@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,21 @@ def verify_files(artifact: Artifact) -> str:
         if found[name] != recorded[name]:
             return f"{name} has changed"
     return ""
+
+
+def unchanged_files(artifact: Artifact, names: Iterable[str]) -> dict[str, str]:
+    """The digests of some of its files, as they are now.
+
+    Raises:
+        IntegrityError: one is not as its stage recorded it.
+    """
+    files = {name: sha256_of_file(artifact.file(name)) for name in names}
+    for name, digest in files.items():
+        if digest != artifact.manifest["files"][name]:
+            raise IntegrityError(
+                f"{artifact.folder / name} has changed since {artifact.stage} wrote it; run {artifact.stage} again"
+            )
+    return files
 
 
 def write_json(path: Path, value: Any) -> None:

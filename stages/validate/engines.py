@@ -15,7 +15,7 @@ from typing import Any, Literal
 from models.engines.receipt import Receipt, read_receipt
 from models.engines.targets import Target, target_of
 from models.errors import IntegrityError
-from stages.artifact import sha256_of_file
+from stages.artifact import unchanged_files
 from stages.base import StageContext
 from stages.engines import UNPROVEN, asked_engines, read_engines
 from stages.gate import Gate, GateResult
@@ -34,13 +34,7 @@ def measured_engines(context: StageContext) -> list[dict[str, Any]]:
     for stage in ("export", "quantize"):
         artifact = context.inputs[stage]
         for engine in read_engines(artifact):
-            files = {}
-            for name in engine.files:
-                files[name] = sha256_of_file(artifact.file(name))
-                if files[name] != artifact.manifest["files"][name]:
-                    raise IntegrityError(
-                        f"{artifact.folder / name} has changed since {stage} wrote it; run {stage} again"
-                    )
+            files = unchanged_files(artifact, engine.files)
             entry = asdict(engine)
             del entry["build_seconds"]
             entries.append(

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from models.errors import IntegrityError
 from models.tasks import task_of
 from models.tasks.single_label import SingleLabel
-from stages.artifact import digest_of, sha256_of_file, write_json
+from stages.artifact import digest_of, sha256_of_file, unchanged_files, write_json
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
@@ -237,13 +236,7 @@ def accepted_candidates(context: StageContext) -> list[Measured]:
             if not candidate.accepted:
                 continue
             names = [name for name in (candidate.file, f"{candidate.file}.data") if name in artifact.manifest["files"]]
-            files = {name: sha256_of_file(artifact.file(name)) for name in names}
-            for name, digest in files.items():
-                if digest != artifact.manifest["files"][name]:
-                    raise IntegrityError(
-                        f"{artifact.folder / name} has changed since {stage} wrote it; run {stage} again"
-                    )
-            found.append(Measured(candidate, artifact, files))
+            found.append(Measured(candidate, artifact, unchanged_files(artifact, names)))
     return found
 
 
