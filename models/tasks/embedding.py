@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.spec import TensorSpec
-from models.tasks import Answer, Label, Target
+from models.tasks import Answer, Label, Target, of_length_one
 from models.tasks.single_label import SingleLabel
 
 if TYPE_CHECKING:
@@ -198,8 +198,7 @@ def cosines_with_others(outputs: np.ndarray) -> Iterator[tuple[slice, np.ndarray
     """Blocks of rows and their cosines with every example: float64 (rows, examples), −∞ with itself."""
     import numpy as np
 
-    points = outputs.astype(np.float64)
-    points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
+    points = of_length_one(outputs.astype(np.float64))
     for start in range(0, len(points), BLOCK):
         rows = slice(start, min(start + BLOCK, len(points)))
         cosines = points[rows] @ points.T

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import DataError
 from models.spec import TensorSpec
-from models.tasks import Answer, Label, Target
+from models.tasks import Answer, Label, Target, of_length_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,6 +170,5 @@ def similarities(outputs: np.ndarray) -> np.ndarray:
     """Cosines of each image (rows) with each text (columns) of outputs side by side: float64 (examples, examples)."""
     import numpy as np
 
-    images, texts = (half / np.linalg.norm(half, axis=1, keepdims=True).clip(1e-12)
-                     for half in np.split(outputs.astype(np.float64), 2, axis=1))  # fmt: skip
+    images, texts = map(of_length_one, np.split(outputs.astype(np.float64), 2, axis=1))
     return np.asarray(images @ texts.T)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.tasks import of_length_one
 from stages.features.probe import CV_EXAMPLES, FOLDS
 
 if TYPE_CHECKING:
@@ -79,13 +80,6 @@ def embed_labels(encoder: LoadedBackbone, labels: Sequence[str], templates: Sequ
     found = embed_texts(encoder, texts, device)
     mean: np.ndarray = found.reshape(len(labels), len(templates), -1).mean(axis=1)
     return mean
-
-
-def of_length_one(rows: np.ndarray) -> np.ndarray:
-    """Each row divided by its length."""
-    import numpy as np
-
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12))
 
 
 def fit_label_map(features: np.ndarray, targets: np.ndarray, names: np.ndarray, seen: int, task: Task) -> LabelMap:

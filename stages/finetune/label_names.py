@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError, Problem
+from models.tasks import of_length_one
 from stages.data.splits import DataSplits, Example
 from stages.finetune.setup import NAMES, GivenHead, Setup, loss_of_head, outputs_of_head, share_of_unseen
 
@@ -43,7 +44,7 @@ def build_named(context: StageContext, config: FinetuneConfig) -> Setup:
     from models.backbones.dual import halves_of
     from models.classifier import make_spec, new_classifier
     from models.registry import check_label_names, load_backbone
-    from stages.features.label_map import embed_labels, of_length_one
+    from stages.features.label_map import embed_labels
 
     backbone, known = context.backbone, context.data.labels
     check_label_names(backbone, context.task)
@@ -82,7 +83,7 @@ def with_label_map(setup: Setup) -> Setup:
     from models.backbones.build import LoadedBackbone
     from models.backbones.mapped import with_map
     from models.classifier import make_spec, new_classifier
-    from stages.features.label_map import fit_label_map, of_length_one
+    from stages.features.label_map import fit_label_map
 
     started = time.monotonic()
     frozen, named, spec = setup.frozen, setup.named, setup.spec
@@ -158,7 +159,7 @@ def captioned(setup: Setup) -> DataSplits:
 def with_tuned_names(network: Classifier, setup: Setup) -> Classifier:
     """The image tower of two that were trained together, with a head of what the other says of the names now."""
     from models.classifier import Classifier, PairHead, make_head
-    from stages.features.label_map import embed_labels, of_length_one
+    from stages.features.label_map import embed_labels
 
     named, head = setup.named, network.task_head
     assert named is not None and named.scale is not None and isinstance(head, PairHead)

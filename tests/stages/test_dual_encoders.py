@@ -18,11 +18,11 @@ from models.errors import ConfigError
 from models.registry import load_backbone, resolve
 from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 from models.spec import side_by_side
-from models.tasks import task_of
+from models.tasks import of_length_one, task_of
 from stages.base import StageContext
 from stages.data.splits import DataSplits, Example
 from stages.export import Export, ExportConfig
-from stages.features.label_map import LabelMap, embed_labels, fit_label_map, of_length_one
+from stages.features.label_map import LabelMap, embed_labels, fit_label_map
 from stages.finetune import Finetune, FinetuneConfig
 from stages.finetune.label_names import paired, with_tuned_names
 from stages.finetune.notes import notes_of

@@ -11,10 +11,11 @@ import torch
 from models.backbones.build import LoadedBackbone
 from models.backbones.packaged import find_packaged
 from models.registry import load_backbone, resolve
+from models.tasks import of_length_one
 from models.tasks.single_label import SingleLabel
 from stages.data.sources.base import Row
 from stages.data.sources.from_demo import demo_images, demo_pairs
-from stages.features.label_map import LabelMap, embed_labels, fit_label_map, of_length_one
+from stages.features.label_map import LabelMap, embed_labels, fit_label_map
 from tests.models.tiny import text_backbone
 
 TASK = SingleLabel()
