@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import Classifier
 from models.errors import DataError, ExportError
 from models.spec import IOSpec, TaskName
@@ -253,17 +253,25 @@ class AttentionOverFiveAxes(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).flatten(1, 3).mean(1)
 
 
-def test_attention_that_has_no_onnx_form_is_written_out(tmp_path: Path) -> None:
+def with_network(network: torch.nn.Module, features: int) -> Checkpoint:
+    """A checkpoint with this network in place of its own."""
     checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
-    model = Classifier(AttentionOverFiveAxes(), torch.nn.Linear(96, 3)).eval()
-    checkpoint = replace(checkpoint, model=model)
-    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
+    return replace(checkpoint, model=Classifier(network, torch.nn.Linear(features, 3)).eval())
+
+
+def exported_error(checkpoint: Checkpoint, folder: Path) -> tuple[float, str]:
+    """The largest error of its graph at every tried shape, and how its attention was exported."""
+    shapes = tried_inputs(checkpoint, context_of(folder / "out", {}))
     exported, attention = export_onnx(checkpoint, shapes[1], 20)
-    assert attention == "plain"
-    save_onnx(exported, tmp_path / "five.onnx")
-    check_graph(tmp_path / "five.onnx", checkpoint.spec.io)
+    save_onnx(exported, folder / "exported.onnx")
+    check_graph(folder / "exported.onnx", checkpoint.spec.io)
     reference, _ = reference_logits(checkpoint, shapes)
-    assert max(error for _, error in shape_errors(tmp_path / "five.onnx", shapes, reference, 2)) < 1e-5
+    return max(error for _, error in shape_errors(folder / "exported.onnx", shapes, reference, 2)), attention
+
+
+def test_attention_that_has_no_onnx_form_is_written_out(tmp_path: Path) -> None:
+    error, attention = exported_error(with_network(AttentionOverFiveAxes(), 96), tmp_path)
+    assert attention == "plain" and error < 1e-5
 
 
 def test_bytes_are_cast_before_they_are_moved() -> None:
@@ -287,14 +295,7 @@ class ZerosBesideNegatives(torch.nn.Module):
 
 def test_zeros_around_negative_values_stay_zeros_in_a_maximum(tmp_path: Path) -> None:
     """ONNX Runtime takes a padding into the pool, as if it were −∞."""
-    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
-    checkpoint = replace(checkpoint, model=Classifier(ZerosBesideNegatives(), torch.nn.Linear(3, 3)).eval())
-    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
-    exported, _ = export_onnx(checkpoint, shapes[1], 20)
-    save_onnx(exported, tmp_path / "padded.onnx")
-    check_graph(tmp_path / "padded.onnx", checkpoint.spec.io)
-    reference, _ = reference_logits(checkpoint, shapes)
-    assert max(error for _, error in shape_errors(tmp_path / "padded.onnx", shapes, reference, 2)) < 1e-5
+    assert exported_error(with_network(ZerosBesideNegatives(), 3), tmp_path)[0] < 1e-5
 
 
 class ClippedTwice(torch.nn.Module):
@@ -314,14 +315,7 @@ class ClippedTwice(torch.nn.Module):
 
 
 def test_the_limits_of_a_value_that_is_clipped_twice_are_kept(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
-    checkpoint = replace(checkpoint, model=Classifier(ClippedTwice(), torch.nn.Linear(3, 3)).eval())
-    shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
-    exported, _ = export_onnx(checkpoint, shapes[1], 20)
-    save_onnx(exported, tmp_path / "clipped.onnx")
-    check_graph(tmp_path / "clipped.onnx", checkpoint.spec.io)
-    reference, _ = reference_logits(checkpoint, shapes)
-    assert max(error for _, error in shape_errors(tmp_path / "clipped.onnx", shapes, reference, 2)) < 1e-5
+    assert exported_error(with_network(ClippedTwice(), 3), tmp_path)[0] < 1e-5
 
 
 class SinglePrecision(torch.nn.Module):
@@ -336,8 +330,7 @@ class SinglePrecision(torch.nn.Module):
 
 
 def test_a_network_that_does_not_run_in_fp64_has_no_noise_floor(tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(made("image-classification")["merge-lora"].folder / "checkpoint")
-    checkpoint = replace(checkpoint, model=Classifier(SinglePrecision(), torch.nn.Linear(3, 3)).eval())
+    checkpoint = with_network(SinglePrecision(), 3)
     shapes = tried_inputs(checkpoint, context_of(tmp_path / "out", {}))
     reference, floor = reference_logits(checkpoint, shapes)
     assert floor is None and len(reference) == len(shapes)
