@@ -188,7 +188,7 @@ def measure(architecture: Architecture, say: Say) -> None:
         step("LoRA merge", lambda: merge(bench))
         if step("export", lambda: export(bench, say)):
             step("INT8", lambda: quantize(bench))
-            step("TensorRT-RTX", lambda: build_engine(bench.artifacts["export"].file("onnx-fp32.onnx")))
+            step("TensorRT-RTX", lambda: build(bench.artifacts["export"].file("onnx-fp32.onnx")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,33 +447,24 @@ def quantize(bench: Bench) -> tuple[str, str]:
     return "yes" if any(one["accepted"] for one in candidates) else "no", "; ".join(told)
 
 
-def build_engine(model: Path) -> tuple[str, str]:
+def build(model: Path) -> tuple[str, str]:
     """A TensorRT-RTX engine for SM 8.6, where the library is installed; it needs no GPU to build one."""
     if util.find_spec("tensorrt_rtx") is None:
         return "not tried", "tensorrt_rtx is not installed"
-    import tensorrt_rtx as trt
+    from models.engines.build import build_engine
+    from models.engines.targets import runtime_of, target_of
+    from stages.engines import load_graph, profile_shapes
 
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model)):
-        errors = [parser.get_error(index) for index in range(min(2, parser.num_errors))]
-        return "no", "; ".join(f"{one.node_operator()} {one.node_name()}: {one.desc()}" for one in errors)
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shapes = [
-            [size if size > 0 else dynamic[axis] for axis, size in enumerate(tensor.shape)]
-            for dynamic in ((1, 4), (2, 16), (8, MAX_LENGTH))
-        ]
-        profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    return ("yes", f"{plan.nbytes / 1e6:.1f} MB") if plan is not None else ("no", "the builder gave no engine")
+    target = target_of("sm86")
+    profile = profile_shapes(load_graph(model), {"batch": (1, 2, 8), "sequence": (4, 16, MAX_LENGTH)})
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Path(folder) / "engine"
+        outcome = build_engine(
+            model, engine, runtime_of(target), (target.sm,), profile, Path(folder), LIMIT_S, LIMIT_BYTES
+        )
+        if outcome.built:
+            return "yes", f"{engine.stat().st_size / 1e6:.1f} MB"
+    return "no", "; ".join(f"{one.operator} {one.node}: {one.reason}" for one in outcome.refusals[:2])
 
 
 # --- the cache and the page ---------------------------------------------------------------------------
