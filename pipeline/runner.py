@@ -92,6 +92,11 @@ class Runner:
         """`cpu` or `cuda`."""
         return resolve_device(self.config.device)
 
+    @cached_property
+    def created_at(self) -> str:
+        """When the record was made: the same in `run.json`, on standard output and in the reports."""
+        return now()
+
     # --- planning -------------------------------------------------------------------------------
 
     def key_parts(self, stage: Stage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -366,7 +371,7 @@ class Runner:
             "schema_version": SCHEMA_VERSION,
             "run": self.run_dir.name,
             "status": status,
-            "created_at": now(),
+            "created_at": self.created_at,
             "task": self.config.task,
             "backbone": self.config.backbone,
             "config": self.config.model_dump(mode="json", by_alias=True),
