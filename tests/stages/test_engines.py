@@ -19,7 +19,8 @@ from models.errors import ConfigError, EngineError, IntegrityError
 from stages.artifact import Artifact, sha256_of_file, write_json
 from stages.candidates import Candidate, read_candidates, write_candidates
 from stages.engines import EngineBuildConfig, EngineRequest, build_engines, read_engines, request_engines
-from stages.export import Export, ExportConfig, opset_for
+from stages.export import Export, ExportConfig
+from stages.export.stage import opset_for
 from stages.package import Package, PackageConfig
 from stages.quantize import Quantize, QuantizeConfig
 from stages.validate import Validate, ValidateConfig
@@ -97,7 +98,7 @@ def test_the_opset_is_lowered_to_what_the_targets_read() -> None:
 @needs_rtx
 def test_the_profile_follows_from_the_inputs_and_the_file() -> None:
     from models.checkpoint import load_checkpoint
-    from stages.export import tried_inputs
+    from stages.export.parity import tried_inputs
 
     checkpoint = load_checkpoint(made(TASK)["merge-lora"].folder / "checkpoint")
     context = context_of(temporary_folder(), {}, TASK)
@@ -155,7 +156,7 @@ def test_what_a_target_does_not_take_is_left_out_with_the_module(tmp_path: Path)
 
 @needs_rtx
 def test_export_fails_where_a_target_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import stages.export as module
+    import stages.export.stage as module
 
     exporter = module.export_onnx
 

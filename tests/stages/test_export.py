@@ -17,22 +17,17 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import Classifier
 from models.errors import DataError, ExportError
 from models.spec import IOSpec, TaskName
-from stages.export import (
-    Export,
-    ExportConfig,
+from stages.export import Export, ExportConfig
+from stages.export.exporter import (
     attention_by_products,
-    check_graph,
     export_onnx,
-    fp16_from_fp32,
-    parity_gates,
-    reference_logits,
     root_of,
-    save_onnx,
-    shape_errors,
-    tried_inputs,
     use_plain_attention,
     written_out_attention,
 )
+from stages.export.parity import check_graph, parity_gates, reference_logits, shape_errors, tried_inputs
+from stages.export.precisions import fp16_from_fp32
+from stages.export.stage import save_onnx
 from tests.models.tiny import VIT, image_backbone, saved_checkpoint
 from tests.stages.chain import context_of, made, test_split
 
@@ -180,7 +175,7 @@ def test_no_path_of_this_machine_is_in_the_file() -> None:
 
 def test_a_failing_export_is_retried_with_plain_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The retry patches a copy: the reference keeps its attention."""
-    import stages.export as module
+    import stages.export.exporter as module
 
     architecture = {"library": "hf", "modality": "image", "config": VIT, "mean": [0.5] * 3, "std": [0.5] * 3}
     saved_checkpoint(tmp_path / "checkpoint", image_backbone(architecture))
@@ -348,7 +343,7 @@ def test_the_reason_of_a_failed_export_is_its_first_cause() -> None:
 
 
 def test_an_export_that_fails_twice_says_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    import stages.export as module
+    import stages.export.exporter as module
 
     def refuses(*_: object) -> onnx.ModelProto:
         raise RuntimeError("")

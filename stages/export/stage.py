@@ -1,0 +1,228 @@
+"""export: the merged network as ONNX, with dynamic batch and length, proven at shapes other than the exported one.
+
+Reads: merge-lora's `checkpoint/`.
+Writes: `onnx-fp32.onnx`, `onnx-fp16.onnx` where asked for, `candidates.json`; `engines.json` and `engines/` where
+engines are asked for.
+Gates: parity with the unpatched PyTorch network at every tried shape, per precision.
+Fails when: the network cannot be exported, the graph is not valid, an axis was frozen, or a target takes no engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from models.engines.targets import target_of
+from models.graph import products_of, shares_of
+from stages.base import (
+    NETWORK_PACKAGES,
+    PROCESSING_PACKAGES,
+    RUNTIME_PACKAGES,
+    MachinePart,
+    StageConfig,
+    StageContext,
+    StageResult,
+)
+from stages.candidates import Candidate, Precision, check_label, write_candidates
+from stages.data.splits import SplitName
+from stages.engines import (
+    ENGINE_PACKAGES,
+    EngineBuildConfig,
+    build_engines,
+    request_engines,
+    require_an_engine,
+)
+from stages.export.exporter import export_onnx
+from stages.export.parity import (
+    check_graph,
+    contents_of,
+    example_inputs,
+    parity_gates,
+    reference_logits,
+    shape_errors,
+    tried_inputs,
+)
+from stages.export.precisions import fp16_from_fp32
+from stages.gate import GateResult
+
+if TYPE_CHECKING:
+    import onnx
+
+NOISE_FACTOR = 20.0
+FP32_CEILING = 1e-3
+FP16_CEILING = 2e-2
+"""Tolerances relative to the logit range. fp32: `NOISE_FACTOR` × the measured noise floor (fp32 against fp64
+in PyTorch), never above `FP32_CEILING`, which holds alone where the network does not run in fp64. fp16: its unit
+roundoff is 2⁻¹¹ ≈ 4.9e-4; over some fifty layers errors add up to a percent, measured .2–.9 % on the two recipes."""
+
+MINIMUM_FLOOR = 1e-6
+"""The noise floor is not taken below this: fp32's own roundoff is 6e-8 and a kernel sums thousands of terms."""
+
+
+class ExportConfig(StageConfig):
+    """What is written."""
+
+    formats: tuple[Literal["onnx", "tensorrt-rtx", "tensorrt"], ...] = Field(
+        default=("onnx",),
+        min_length=1,
+        description="File formats; onnx is always made. Engines need `targets`, and are built of every candidate, "
+        "those of quantize included.",
+    )
+    targets: tuple[str, ...] = Field(
+        default=(),
+        description="Devices that engines are built for, by their names in models/engines/targets.yaml "
+        "(sm86, jetson-orin-jp6, …).",
+    )
+    profile: dict[str, tuple[int, int, int]] = Field(
+        default={},
+        description="Dynamic axis → the smallest, usual and largest size that an engine takes (numbers). Default: "
+        "batch [1, 8, 32], and of texts 1, that of the examples, and the largest that is kept.",
+    )
+    engine_build: EngineBuildConfig = Field(
+        default_factory=EngineBuildConfig, description="Limits and options of building engines."
+    )
+    precisions: tuple[Literal["fp32", "fp16"], ...] = Field(
+        default=("fp32", "fp16"), min_length=1, description="Precisions of the ONNX files; fp32 is always made."
+    )
+    opset: int = Field(
+        default=20, ge=18, le=23, description="ONNX opset (number); lowered to what the targets read, JetPack 6 20."
+    )
+    max_relative_error_fp32: float = Field(
+        default=FP32_CEILING, gt=0, description="Ceiling of the fp32 tolerance, as a share of the logit range (ratio)."
+    )
+    max_relative_error_fp16: float = Field(
+        default=FP16_CEILING, gt=0, description="Tolerance of fp16, as a share of the logit range (ratio)."
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Every target is in the table, once."""
+        for name in value:
+            target_of(name)
+        if len(set(value)) != len(value):
+            raise ValueError("a target stands twice")
+        return value
+
+    @field_validator("profile")
+    @classmethod
+    def ascending(cls, value: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        """Sizes go from the smallest to the largest."""
+        for axis, (low, usual, high) in value.items():
+            if not 1 <= low <= usual <= high:
+                raise ValueError(f"{axis} has {[low, usual, high]}; expected 1 ≤ smallest ≤ usual ≤ largest")
+        return value
+
+    @model_validator(mode="after")
+    def formats_fit_targets(self) -> ExportConfig:
+        """Each engine format has a target, and each target its format."""
+        wanted = {target_of(name).runtime: name for name in self.targets}
+        for runtime, name in wanted.items():
+            if runtime not in self.formats:
+                raise ValueError(f"the target {name} is built with {runtime}: add {runtime} to export.formats")
+        for name in self.formats:
+            if name != "onnx" and name not in wanted:
+                raise ValueError(f"the format {name} needs a device: name one in export.targets (sm86, …)")
+        return self
+
+
+class Export:
+    """See the module's docstring."""
+
+    name = "export"
+    config_type = ExportConfig
+    consumes = ("merge-lora",)
+    splits: tuple[SplitName, ...] = ("validation",)
+    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "onnxscript", "onnx-ir", *ENGINE_PACKAGES)
+    machine: tuple[MachinePart, ...] = ("threads",)
+
+    def run(self, context: StageContext, config: ExportConfig) -> StageResult:
+        """Export once, convert to the other precisions, compare each with the reference."""
+        import torch
+
+        from models.checkpoint import load_checkpoint
+
+        torch.set_num_threads(context.threads)
+        checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
+        shapes = tried_inputs(checkpoint, context)
+        reference, floor = reference_logits(checkpoint, shapes)
+        scale = max(float(max(part.max() for part in reference) - min(part.min() for part in reference)), 1e-30)
+        targets = config.targets
+        request = request_engines(targets, config.profile, config.engine_build, checkpoint.spec.io, shapes)
+        opset = opset_for(config.opset, targets)
+        model, attention = export_onnx(checkpoint, example_inputs(checkpoint, context), opset)
+        single = checkpoint.processing.arrays(contents_of(context, 1))
+        gates: list[GateResult] = []
+        candidates = []
+        for precision in sorted({"fp32", *config.precisions}, reverse=True):
+            path = context.output / f"onnx-{precision}.onnx"
+            save_onnx(model if precision == "fp32" else fp16_from_fp32(model), path)
+            check_graph(path, checkpoint.spec.io)
+            shares = shares_of(products_of(path, single, context.threads))
+            check_label(path.stem, precision, shares)
+            errors = shape_errors(path, shapes, reference, context.threads)
+            tolerance = config.max_relative_error_fp16
+            if precision == "fp32":
+                tolerance = config.max_relative_error_fp32
+                if floor is not None:
+                    tolerance = min(tolerance, NOISE_FACTOR * max(floor / scale, MINIMUM_FLOOR))
+            gates += parity_gates(f"onnx-{precision}", errors, tolerance, scale)
+            candidates.append(describe(path, precision, errors, tolerance, scale, shares))
+        write_candidates(context.output, candidates)
+        measurements = {
+            "candidates": [candidate.summary() for candidate in candidates],
+            "opset": opset,
+            "noise_floor": floor,
+            "logit_range": scale,
+            "attention": attention,
+        }
+        notes = [f"{one.name}: {one.size_bytes / 1e6:.1f} MB, parity at {len(shapes)} shapes" for one in candidates]
+        if floor is None:
+            notes.append("the network does not run in fp64, so the noise floor is not known: the ceiling holds")
+        if attention == "plain":
+            notes.append("exported with attention written out: the fused form has no ONNX form here")
+        if opset != config.opset:
+            notes.append(f"opset {opset} in place of {config.opset}: the targets read no later one")
+        if targets:
+            engines = build_engines(context, request, candidates, shapes)
+            require_an_engine(request, engines)
+            measurements |= engines.summary()
+            notes += engines.notes()
+        return StageResult(tuple(gates), measurements, tuple(notes))
+
+
+def opset_for(asked: int, targets: Sequence[str]) -> int:
+    """The opset asked for, or the latest that every target reads."""
+    return min([asked, *(limit for name in targets if (limit := target_of(name).max_opset))])
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write the file; weights above 2 GB go beside it."""
+    import onnx
+
+    large = model.ByteSize() > 1_900_000_000
+    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
+
+
+def describe(
+    path: Path,
+    precision: Precision,
+    errors: Sequence[tuple[str, float]],
+    tolerance: float,
+    scale: float,
+    shares: dict[str, float],
+) -> Candidate:
+    """The candidate with what was measured."""
+    external = path.with_name(f"{path.name}.data")
+    size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
+    measurements = {
+        "max_abs_error": max((error for _, error in errors if math.isfinite(error)), default=None),
+        "tolerance": tolerance * scale,
+        "shapes_tried": [shape for shape, _ in errors],
+        "mac_shares": shares,
+    }
+    return Candidate(f"onnx-{precision}", path.name, precision, size, measurements=measurements)
