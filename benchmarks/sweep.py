@@ -74,6 +74,16 @@ class Architecture:
         """Its name among all."""
         return f"{self.library} {self.modality} {self.name}"
 
+    @property
+    def task(self) -> Any:
+        """The task that the modality stands for."""
+        return self.modality if self.modality == "image-text" else f"{self.modality}-classification"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """None where the text of an image is its label."""
+        return () if self.modality == "image-text" else LABELS
+
 
 def main() -> int:
     """Measure what is not in the cache, write the page."""
@@ -202,7 +212,7 @@ class Bench:
     @property
     def task(self) -> Any:
         """The task that the modality stands for."""
-        return f"{self.architecture.modality}-classification"
+        return self.architecture.task
 
     def context(self, stage: str) -> Any:
         """What the runner would hand to a stage."""
@@ -224,7 +234,10 @@ class Bench:
         from stages.data.splits import DataSplits, Example
 
         contents = made_up(self.architecture.modality)
-        examples = tuple(Example(one, index % len(LABELS), str(index), "made up") for index, one in enumerate(contents))
+        examples = tuple(
+            Example(one, one[1] if isinstance(one, tuple) else index % len(LABELS), str(index), "made up")
+            for index, one in enumerate(contents)
+        )
         names = ("train", "validation", "calibration", "test")
         return DataSplits(LABELS, dict.fromkeys(names, examples), dict.fromkeys(names, "made up"))
 
@@ -236,11 +249,14 @@ class Bench:
 
 
 def made_up(modality: str) -> list[Any]:
-    """Noise with a structure: patches in random colours, random words, tones; texts and sounds of several lengths."""
+    """Noise with a structure: patches in random colours, random words, tones; texts and sounds of several lengths.
+    Images with a text are pairs of the first two."""
     import numpy as np
 
     from models.modalities.audio import Waveform
 
+    if modality == "image-text":
+        return list(zip(made_up("image"), made_up("text"), strict=True))
     random = np.random.default_rng(0)
     if modality == "text":
         return [" ".join(random.choice(WORDS, 2 + 3 * index)) for index in range(SAMPLES)]
@@ -271,8 +287,16 @@ def write_pretrained(architecture: Architecture, folder: Path) -> None:
     from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
     settings: dict[str, Any] = {"architectures": [], **architecture.settings}
+    words = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if architecture.modality == "text":
-        settings = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | settings
+        settings = words | settings
+    if architecture.modality == "image-text":
+        settings["text_config"] = words | settings["text_config"]
+        folder.mkdir()
+        declared = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 32}
+        declared |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(declared), encoding="utf-8")
+    if architecture.modality in ("text", "image-text"):
         PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(), pad_token="[PAD]").save_pretrained(folder)
     network = AutoModel.from_config(AutoConfig.for_model(architecture.member, **settings))
     randomize(network)
@@ -331,11 +355,13 @@ def finetune(bench: Bench, say: Say) -> tuple[str, str]:
     write_pretrained(bench.architecture, bench.root / "pretrained")
     context = bench.context("finetune")
     loaded = load_as_it_fits(bench, context.backbone)
-    model = new_classifier(loaded, len(LABELS))
-    torch.nn.init.normal_(model.task_head.weight, std=0.5)
-    spec = make_spec(bench.task, context.backbone, loaded, LABELS)
+    spec = make_spec(bench.task, context.backbone, loaded, bench.architecture.labels)
+    model = new_classifier(loaded, spec.io.width)
+    if loaded.head is None:
+        torch.nn.init.normal_(model.task_head.weight, std=0.5)
     parameters = sum(one.numel() for one in model.backbone.parameters())
-    size = getattr(loaded.processing, "size", getattr(loaded.processing, "samples", MAX_LENGTH))
+    processing = getattr(loaded.processing, "image", loaded.processing)
+    size = getattr(processing, "size", getattr(processing, "samples", MAX_LENGTH))
     say("facts", "", json.dumps({"size": size, "parameters": parameters}))
     save_checkpoint(context.output / "base", model, spec, loaded.processing)
     bench.keep("base", context.output)
@@ -344,13 +370,13 @@ def finetune(bench: Bench, say: Say) -> tuple[str, str]:
     try:
         adapted: Any = inject_adapters(model.eval(), AdapterSettings("lora", 4, 8.0, 0.0), inputs)
     except ModelError as error:
-        train_a_step(model, inputs)
+        train_a_step(model, inputs, bench)
         save_checkpoint(context.output / "checkpoint", model, spec, loaded.processing)
         bench.keep("finetune", context.output)
         return "part", f"all weights only: {error}"
     hold_batchnorm(adapted)
     before = adapter_weights(adapted)
-    train_a_step(adapted, inputs)
+    train_a_step(adapted, inputs, bench)
     if untrained := untrained_adapters(adapted, before):
         layers = len(adapted.targeted_module_names)
         return "no", f"{len(untrained)} of {layers} adapters had no gradient, the first is {untrained[0]}"
@@ -370,29 +396,33 @@ def load_as_it_fits(bench: Bench, spec: Any) -> Any:
     from models.errors import ModelError
     from models.registry import load_backbone
 
-    image = bench.architecture.modality == "image"
+    image, pairs = (bench.architecture.modality == one for one in ("image", "image-text"))
     least = bench.architecture.settings.get("image_size", 0)  # at fewer pixels some attention is over one token
     sizes = [size for size in SIZES if size is None or not isinstance(least, int) or size >= least]
-    tried: Iterable[Any] = sizes if image else SECONDS
+    tried: Iterable[Any] = sizes if image else (None,) if pairs else SECONDS
     for last in tried:
         seconds = last if bench.architecture.modality == "audio" else None
+        length = None if pairs else MAX_LENGTH
         try:
-            return load_backbone(spec, bench.task, last if image else None, MAX_LENGTH, max_seconds=seconds)
+            return load_backbone(spec, bench.task, last if image else None, length, max_seconds=seconds)
         except ModelError as error:
             refusal = error
     raise refusal
 
 
-def train_a_step(model: Any, inputs: Sequence[Any]) -> None:
+def train_a_step(model: Any, inputs: Sequence[Any], bench: Bench) -> None:
     """One step of Adam on made-up labels, in training mode."""
     import torch
+
+    from models.classifier import for_loss
+    from models.tasks import task_of
 
     torch.manual_seed(0)
     model.train()
     weights = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=1e-2)
     labels = torch.arange(len(inputs[0])) % len(LABELS)
-    torch.nn.functional.cross_entropy(model(*inputs), labels).backward()
+    task_of(bench.task).loss(for_loss(model, model(*inputs)), labels).backward()
     optimizer.step()
     model.eval()
 
@@ -492,7 +522,7 @@ def read_rows() -> dict[str, Row]:
 
 MARKS = {"yes": "✓", "part": "(✓)", "no": "✗", "not needed": "–", "not tried": "not tried", "not reached": "–"}
 LIBRARIES = {"timm": "timm", "hf": "Hugging Face"}
-UNITS = {"image": "px", "text": "tokens", "audio": "samples"}
+UNITS = {"image": "px", "text": "tokens", "audio": "samples", "image-text": "px"}
 
 INTRODUCTION = """# Coverage
 
@@ -505,7 +535,8 @@ Which architectures go through `finetune` → `merge-lora` → `export` → `qua
 
 Every row is the smallest member of a family (timm) or a small configuration (Hugging Face) with random weights, loaded
 from a local folder as its library saves it: at the smallest image size of {sizes} that it takes, or its
-own; with texts of up to {length} tokens; with half a second of sound. The columns, each with the project's own stages
+own; with texts of up to {length} tokens; with half a second of sound. Dual encoders are trained with their own
+contrastive loss and keep their own projections. The columns, each with the project's own stages
 and their gates:
 
 - **finetune**: LoRA adapters and a new head of another size, one optimizer step; every adapter was trained, and the

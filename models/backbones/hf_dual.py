@@ -24,6 +24,12 @@ Side = Literal["image", "text"]
 PARTS: dict[Side, str] = {"image": "vis", "text": "text"}
 """How the names of a tower's modules begin: vision_model and visual_projection, text_model and text_projection."""
 
+SCALES = {"logit_scale", "temperature"}
+"""What a dual encoder has that scales its cosines."""
+
+UNREAD_POOLER = "align"
+"""The kind whose text tower has a dense pooler and reads the first token before it: nothing in there would learn."""
+
 READS_PADDING = "siglip"
 """The kind whose texts all have one length, and whose text tower takes the state of the last token, padding or not
 (Zhai et al. 2023, arXiv 2303.15343). SigLIP 2 at a fixed resolution is of it too, but transformers' Siglip2Tokenizer
@@ -54,6 +60,8 @@ def tower_from_config(config: dict[str, Any], side: Side) -> torch.nn.Module:
             delattr(network, name)
     for name, _ in list(network.named_parameters(recurse=False)):
         delattr(network, name)
+    if side == "text" and config.get("model_type") == UNREAD_POOLER:
+        network.text_model.pooler = None
     return network.float()
 
 
@@ -66,7 +74,7 @@ def check_dual(network: Any, config: dict[str, Any]) -> None:
             "fixed resolution (google/siglip-base-patch16-224, …)"
         )
     towers = [any(name.startswith(part) for name, _ in network.named_children()) for part in PARTS.values()]
-    if not (all(towers) and hasattr(network, "get_image_features") and hasattr(network, "logit_scale")):
+    if not (all(towers) and hasattr(network, "get_image_features") and (SCALES & set(dir(network)))):
         raise ModelError(
             f"{kind} is one encoder, no dual encoder with an image and a text tower; take a CLIP, SigLIP or "
             "VisionTextDualEncoder, or write <image backbone>+<text backbone>"
@@ -130,8 +138,9 @@ def load_towers(
         network, report = pretrained_network(source, revision, config)
         for module in (image, text):
             copy_weights(module.get_submodule("network"), network, network, report, source)
-        scale = math.exp(network.get_parameter("logit_scale").item())
         own = dict(network.named_parameters())
+        # ALIGN has the temperature itself, the others the logarithm of its inverse.
+        scale = math.exp(own["logit_scale"].item()) if "logit_scale" in own else 1 / own["temperature"].item()
         offset = own["logit_bias"].item() if "logit_bias" in own else 0.0
     if not texts.fixed:
         check_padding(text, texts, spec.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ DUAL: dict[str, dict[str, Any]] = {
         "vision_config": {**TOWER, **PIXELS_OF_TOWER},
     },
     "vision-text-dual-encoder": {"text_config": BERT, "vision_config": VIT, "projection_dim": 12},
+    "align": {
+        "text_config": {**TOWER, **WORDS_OF_TOWER, "max_position_embeddings": 24},
+        "vision_config": {"image_size": 32, "width_coefficient": 0.05, "depth_coefficient": 0.2},
+        "projection_dim": 16,
+    },
 }
 """Kinds with both towers."""
 TIMM = {
@@ -122,7 +128,10 @@ def hf_dual_folder(folder: Path, kind: str = "clip") -> Path:
     with torch.no_grad():
         for weight in network.parameters():  # transformers' own are so small that all texts are alike
             weight.normal_(0, 0.3)
-        network.logit_scale.fill_(3.0)
+        if hasattr(network, "temperature"):
+            network.temperature.fill_(math.exp(-3.0))
+        else:
+            network.logit_scale.fill_(3.0)
         if hasattr(network, "logit_bias"):
             network.logit_bias.fill_(-2.0)
     network.save_pretrained(folder)
