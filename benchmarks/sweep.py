@@ -52,7 +52,7 @@ PRETRAINED_LABELS = 3
 WORDS = ("a", "good", "bad", "red", "bird", "stone", "tree", "runs", "and", "or", "sea", "hill")
 
 LIMIT_S = 600
-LIMIT_BYTES = 12 * 2**30
+LIMIT_GB = 12
 
 Say = Callable[[str, str, str], None]
 """Takes a column, its verdict and a detail."""
@@ -91,6 +91,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="names of families or model types")
     parser.add_argument("--again", action="store_true", help="measure also what is in the cache")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
+    parser.add_argument("--seconds", type=float, default=LIMIT_S, help="limit on the time of one architecture")
+    parser.add_argument("--gigabytes", type=float, default=LIMIT_GB, help="limit on its memory")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -101,7 +103,7 @@ def main() -> int:
     for index, architecture in enumerate(asked):
         if time.monotonic() - started > arguments.minutes * 60:
             break
-        row = rows[architecture.key] = measure_apart(architecture)
+        row = rows[architecture.key] = measure_apart(architecture, arguments.seconds, int(arguments.gigabytes * 2**30))
         with cache_file().open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         verdicts = ", ".join(f"{column} {row['cells'][column][0]}" for column in COLUMNS)
@@ -126,18 +128,18 @@ def architectures() -> list[Architecture]:
 # --- one architecture, in a process of its own --------------------------------------------------------
 
 
-def measure_apart(architecture: Architecture) -> Row:
+def measure_apart(architecture: Architecture, limit_s: float, limit_bytes: int) -> Row:
     """A row: what the child said of each column, and why it ended early where it did."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED)
     receiver, sender = processes.Pipe(duplex=False)
     started = time.monotonic()
     with tempfile.NamedTemporaryFile("r") as output:
-        child = processes.Process(target=measure_and_send, args=(architecture, sender, output.name))
+        child = processes.Process(target=measure_and_send, args=(architecture, limit_bytes, sender, output.name))
         child.start()
         sender.close()
-        child.join(LIMIT_S)
-        ending = f"ended with {child.exitcode}" if child.exitcode is not None else f"stopped after {LIMIT_S} s"
+        child.join(limit_s)
+        ending = f"ended with {child.exitcode}" if child.exitcode is not None else f"stopped after {limit_s:.0f} s"
         child.kill()
         last = [line.strip() for line in output.read().splitlines() if line.strip()][-1:]
     said: dict[str, tuple[str, str]] = {}
@@ -158,15 +160,15 @@ def measure_apart(architecture: Architecture) -> Row:
     return {"key": architecture.key, "date": today, "seconds": time.monotonic() - started, "cells": cells, **facts}
 
 
-def measure_and_send(architecture: Architecture, sender: Any, output: str) -> None:
-    """In the child: what is printed goes to a file, and more than `LIMIT_BYTES` of data is a MemoryError here, not the
+def measure_and_send(architecture: Architecture, limit_bytes: int, sender: Any, output: str) -> None:
+    """In the child: what is printed goes to a file, and more than `limit_bytes` of data is a MemoryError here, not the
     end of this machine."""
     import resource
 
     file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     measure(architecture, lambda *cell: sender.send(cell))
 
 
@@ -490,7 +492,7 @@ def build(model: Path) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         engine = Path(folder) / "engine"
         outcome = build_engine(
-            model, engine, runtime_of(target), (target.sm,), profile, Path(folder), LIMIT_S, LIMIT_BYTES
+            model, engine, runtime_of(target), (target.sm,), profile, Path(folder), LIMIT_S, LIMIT_GB * 2**30
         )
         if outcome.built:
             return "yes", f"{engine.stat().st_size / 1e6:.1f} MB"

@@ -170,7 +170,7 @@ class Export:
                 tolerance = config.max_relative_error_fp32
                 if floor is not None:
                     tolerance = min(tolerance, NOISE_FACTOR * max(floor / scale, MINIMUM_FLOOR))
-            gates += parity_gates(f"onnx-{precision}", errors, tolerance, scale)
+            gates += parity_gates(f"onnx-{precision}", errors, tolerance, scale, floor)
             candidates.append(describe(path, precision, errors, tolerance, scale, shares))
         write_candidates(context.output, candidates)
         measurements = {

@@ -118,6 +118,13 @@ def test_the_gate_fails_for_another_output_shape(tmp_path: Path) -> None:
     assert not any(gate.passed for gate in parity_gates("onnx-fp32", errors, 1e9, 1.0))
 
 
+def test_a_network_that_amplifies_rounding_is_told_from_a_broken_export() -> None:
+    (own,) = parity_gates("onnx-fp32", [("1×8", 0.02)], 1e-3, 2.0, floor=0.01)
+    assert not own.passed and "fp32 itself is 0.005 of the range away from fp64" in own.message
+    (broken,) = parity_gates("onnx-fp32", [("1×8", 0.02)], 1e-3, 2.0, floor=1e-6)
+    assert not broken.passed and "fp64" not in broken.message
+
+
 def exported_io() -> tuple[onnx.ModelProto, IOSpec]:
     artifacts = made("image-classification")
     io = load_checkpoint(artifacts["merge-lora"].folder / "checkpoint").spec.io
