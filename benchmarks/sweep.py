@@ -1,6 +1,6 @@
 """Which architectures go through the chain: `make sweep` measures it and writes docs/coverage.md.
 
-    python -P benchmarks/sweep.py [--only beit vit …] [--again] [--minutes 60] [--page]
+    python -P benchmarks/sweep.py [--only beit vit …] [--again] [--minutes 60] [--seconds 600] [--gigabytes 12] [--page]
 
 Every family of timm is there by its smallest member, every Hugging Face architecture of architectures.yaml by a small
 configuration, with random weights and made-up examples. Each runs in a process of its own with a limit on time and
