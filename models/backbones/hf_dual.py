@@ -61,7 +61,8 @@ def tower_from_config(config: dict[str, Any], side: Side) -> torch.nn.Module:
     for name, _ in list(network.named_parameters(recurse=False)):
         delattr(network, name)
     if side == "text" and config.get("model_type") == UNREAD_POOLER:
-        network.text_model.pooler = None
+        texts: Any = network.text_model
+        texts.pooler = None
     return network.float()
 
 
