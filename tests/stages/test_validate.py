@@ -23,7 +23,9 @@ from stages.candidates import write_candidates
 from stages.latency import OtherWork, is_disturbed, speedup_of
 from stages.statistics import smallest_visible_drop
 from stages.validate import Validate, ValidateConfig
-from stages.validate.stage import GatesConfig, check, choice_gates, choose, not_worth_it, over_limits
+from stages.validate.choice import choose, not_worth_it
+from stages.validate.config import GatesConfig
+from stages.validate.gates import check, choice_gates, over_limits
 from tests.stages.chain import (
     LABELS,
     SAMPLES,

@@ -1,0 +1,38 @@
+"""The evidence in a few lines, for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.validate.engines import engine_notes
+
+REFERENCE = "pytorch"
+
+
+def notes_of(evidence: dict[str, Any]) -> list[str]:
+    """One line a candidate, and what was chosen."""
+    reference, metric = evidence["reference"], evidence["metric_name"]
+    if reference["metric"] is None or reference["latency_ms_p50"] is None:
+        return [f"{REFERENCE}: no evidence on {evidence['samples']} samples"]
+    lines = [
+        f"{REFERENCE}: {metric} {reference['metric']:.4f} on {evidence['samples']} samples, "
+        f"{reference['latency_ms_p50']:.2f} ms"
+    ]
+    for entry in evidence["candidates"]:
+        if entry["problem"]:
+            lines.append(f"{entry['name']}: {entry['problem']}")
+            continue
+        lines.append(
+            f"{entry['name']}: {metric} {entry['metric']:.4f} ({entry['metric_difference']:+.4f}; drops of "
+            f"{entry['smallest_visible_drop']:.4f} or more would show), agreement {entry['agreement']:.4f}, "
+            f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
+        )
+        lines += [f"{entry['name']} is left out: {reason}" for reason in entry["over_limits"]]
+        if entry["not_worth_it"]:
+            lines.append(f"{entry['name']} does not earn its place here: {'; '.join(entry['not_worth_it'].values())}")
+    if evidence["disturbed"]:
+        lines.append(
+            f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
+            f"{evidence['threads']} threads that were measured"
+        )
+    return [*lines, f"chosen for {evidence['objective']}: {evidence['chosen'] or 'none'}", *engine_notes(evidence)]
