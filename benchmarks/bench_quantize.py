@@ -1,6 +1,6 @@
 """Export and INT8 against Olive and against ONNX Runtime's bare quantizers: `make bench-quantize`.
 
-    python -P benchmarks/bench_quantize.py [--recipe vision text] [--threads 1] [--calls 200] [--olive PYTHON]
+    python benchmarks/bench_quantize.py [--recipe vision text] [--threads 1] [--calls 200] [--olive PYTHON]
 
 All start from the same fine-tuned network of each recipe, whose run is made first where it is not there, and calibrate
 on the same examples:
