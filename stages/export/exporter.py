@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ExportError
 from models.graph import name_modules
+from models.onnx_files import protobuf_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,34 +20,42 @@ if TYPE_CHECKING:
     from models.spec import IOSpec
 
 
-def export_onnx(checkpoint: Checkpoint, example: dict[str, np.ndarray], opset: int) -> tuple[onnx.ModelProto, str]:
+def export_onnx(
+    checkpoint: Checkpoint, example: dict[str, np.ndarray], opset: int, path: Path
+) -> tuple[onnx.ModelProto, str]:
     """Export a copy of the network; retry with plain attention where the fused one does not decompose.
 
-    The copy keeps the reference unpatched. In torch 2.13 some scaled-dot-product attentions with an additive bias do
+    The copy keeps the reference unpatched; it shares the weights, which nothing changes. Weights above what protobuf
+    holds are written beside `path`, where the graph is to be saved (`models.onnx_files`). In torch 2.13 some scaled-dot-product attentions with an additive bias do
     not decompose ("Cannot view a tensor …"), and those over 3 or 5 axes have no ONNX form ("only 4D query, key, and
     value are supported"). docs/coverage.md has the families.
 
     Raises:
         ExportError: both ways failed.
     """
-    import copy
-
     failures = []
     for attention in ("as built", "plain"):
-        model = copy.deepcopy(checkpoint.model)
+        model = copy_sharing_weights(checkpoint.model)
         patched: AbstractContextManager[None] = nullcontext()
         if attention == "plain":
             use_plain_attention(model)
             patched = written_out_attention()
         try:
             with patched:
-                return run_exporter(model, checkpoint.spec.io, example, opset), attention
+                return run_exporter(model, checkpoint.spec.io, example, opset, path), attention
         except exporter_errors() as error:
             failures.append(f"{attention} attention: {root_of(error)}")
     raise ExportError(
         f"{checkpoint.spec.backbone.id} could not be exported to ONNX; {'; '.join(failures)}. "
         "Try another opset (export.opset) or another backbone"
     )
+
+
+def copy_sharing_weights(model: Any) -> Any:
+    """A copy of a network whose parameters and buffers are those of the original."""
+    import copy
+
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def root_of(error: BaseException) -> str:
@@ -124,7 +134,7 @@ def attention_by_products(
     return scores.softmax(-1) @ value
 
 
-def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: int) -> onnx.ModelProto:
+def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: int, path: Path) -> onnx.ModelProto:
     """torch.onnx's dynamo exporter, with names and dynamic axes from the I/O spec."""
     import contextlib
     import io as text_io
@@ -153,7 +163,7 @@ def run_exporter(model: Any, io: IOSpec, example: dict[str, np.ndarray], opset: 
     assert program is not None
     register_lost_constants(program.model.graph)
     free_names(program.model.graph, output_names)
-    return clean_graph(program.model_proto, io)
+    return clean_graph(protobuf_of(program.model, path), io)
 
 
 def register_lost_constants(graph: Any) -> None:

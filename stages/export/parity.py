@@ -50,8 +50,6 @@ def reference_logits(
     checkpoint: Checkpoint, shapes: Sequence[dict[str, np.ndarray]]
 ) -> tuple[list[np.ndarray], float | None]:
     """fp32 logits of the unpatched network, and how much of them is rounding (see `rounding_error`)."""
-    import copy
-
     import torch
 
     from models.rounding import rounding_error
@@ -60,7 +58,7 @@ def reference_logits(
     batches = [[torch.from_numpy(arrays[tensor.name]) for tensor in inputs] for arrays in shapes]
     with torch.inference_mode():
         singles = [model(*batch) for batch in batches]
-    return [single.numpy().copy() for single in singles], rounding_error(copy.deepcopy(model), batches, singles)
+    return [single.numpy().copy() for single in singles], rounding_error(model, batches, singles)
 
 
 def check_graph(path: Path, io: IOSpec) -> None:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from models.onnx_files import load_weights
 
 if TYPE_CHECKING:
     import onnx
 
 
-def fp16_from_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Half-precision weights and arithmetic; inputs and outputs keep their dtypes."""
-    import copy
+def fp16_from_fp32(model: onnx.ModelProto, folder: Path = Path()) -> onnx.ModelProto:
+    """Half-precision weights and arithmetic; inputs and outputs keep their dtypes.
+
+    `folder` is where the weights of a light graph lie. Shapes are inferred without them: in memory that takes no graph
+    above 2 GB.
+    """
     import warnings
 
+    import onnx
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
+    whole = onnx.shape_inference.infer_shapes(model)  # a copy
+    load_weights(whole, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of every value that half precision rounds to zero
         converted: onnx.ModelProto = float16.convert_float_to_float16(
-            copy.deepcopy(model), keep_io_types=True, disable_shape_infer=False,
+            whole, keep_io_types=True, disable_shape_infer=True,
             op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "Cast"],
         )  # fmt: skip
     drop_repeated_casts(converted)

@@ -9,15 +9,17 @@ Fails when: the network cannot be exported, the graph is not valid, an axis was 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from models.engines.targets import target_of
 from models.graph import products_of, shares_of
+from models.onnx_files import save_graph, size_of_file
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
@@ -48,9 +50,6 @@ from stages.export.parity import (
 )
 from stages.export.precisions import fp16_from_fp32
 from stages.gate import GateResult
-
-if TYPE_CHECKING:
-    import onnx
 
 NOISE_FACTOR = 20.0
 FP32_CEILING = 1e-3
@@ -154,13 +153,17 @@ class Export:
         targets = config.targets
         request = request_engines(targets, config.profile, config.engine_build, checkpoint.spec.io, shapes)
         opset = opset_for(config.opset, targets)
-        model, attention = export_onnx(checkpoint, example_inputs(checkpoint, context), opset)
+        model, attention = export_onnx(
+            checkpoint, example_inputs(checkpoint, context), opset, context.output / "onnx-fp32.onnx"
+        )
+        checkpoint.model.to("meta")  # the weights are let go: from here on only what describes them is used
+        gc.collect()  # the exporter's graph refers to itself
         single = checkpoint.processing.arrays(contents_of(context, 1))
         gates: list[GateResult] = []
         candidates = []
         for precision in sorted({"fp32", *config.precisions}, reverse=True):
             path = context.output / f"onnx-{precision}.onnx"
-            save_onnx(model if precision == "fp32" else fp16_from_fp32(model), path)
+            save_graph(model if precision == "fp32" else fp16_from_fp32(model, context.output), path)
             check_graph(path, checkpoint.spec.io)
             shares = shares_of(products_of(path, single, context.threads))
             check_label(path.stem, precision, shares)
@@ -200,14 +203,6 @@ def opset_for(asked: int, targets: Sequence[str]) -> int:
     return min([asked, *(limit for name in targets if (limit := target_of(name).max_opset))])
 
 
-def save_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Write the file; weights above 2 GB go beside it."""
-    import onnx
-
-    large = model.ByteSize() > 1_900_000_000
-    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
-
-
 def describe(
     path: Path,
     precision: Precision,
@@ -217,12 +212,10 @@ def describe(
     shares: dict[str, float],
 ) -> Candidate:
     """The candidate with what was measured."""
-    external = path.with_name(f"{path.name}.data")
-    size = path.stat().st_size + (external.stat().st_size if external.exists() else 0)
     measurements = {
         "max_abs_error": max((error for _, error in errors if math.isfinite(error)), default=None),
         "tolerance": tolerance * scale,
         "shapes_tried": [shape for shape, _ in errors],
         "mac_shares": shares,
     }
-    return Candidate(f"onnx-{precision}", path.name, precision, size, measurements=measurements)
+    return Candidate(f"onnx-{precision}", path.name, precision, size_of_file(path), measurements=measurements)

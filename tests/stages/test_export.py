@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.classifier import Classifier
 from models.errors import DataError, ExportError
+from models.onnx_files import save_graph
 from models.spec import IOSpec, TaskName
 from stages.export import Export, ExportConfig
 from stages.export.exporter import (
@@ -27,7 +28,6 @@ from stages.export.exporter import (
 )
 from stages.export.parity import check_graph, parity_gates, reference_logits, shape_errors, tried_inputs
 from stages.export.precisions import fp16_from_fp32
-from stages.export.stage import save_onnx
 from tests.models.tiny import VIT, image_backbone, saved_checkpoint
 from tests.stages.chain import context_of, made, test_split
 
@@ -134,7 +134,7 @@ def exported_io() -> tuple[onnx.ModelProto, IOSpec]:
 def test_a_frozen_axis_is_named(tmp_path: Path) -> None:
     model, io = exported_io()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    save_onnx(model, tmp_path / "frozen.onnx")
+    save_graph(model, tmp_path / "frozen.onnx")
     with pytest.raises(ExportError, match=r"axis 'batch' of image was frozen at 2"):
         check_graph(tmp_path / "frozen.onnx", io)
 
@@ -142,7 +142,7 @@ def test_a_frozen_axis_is_named(tmp_path: Path) -> None:
 def test_another_fixed_size_is_named(tmp_path: Path) -> None:
     model, io = exported_io()
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 64
-    save_onnx(model, tmp_path / "other.onnx")
+    save_graph(model, tmp_path / "other.onnx")
     with pytest.raises(ExportError, match=r"other\.onnx"):
         check_graph(tmp_path / "other.onnx", io)
 
@@ -152,7 +152,7 @@ def test_another_output_name_is_named(tmp_path: Path) -> None:
     for node in model.graph.node:
         node.output[:] = ["scores" if name == "logits" else name for name in node.output]
     model.graph.output[0].name = "scores"
-    save_onnx(model, tmp_path / "renamed.onnx")
+    save_graph(model, tmp_path / "renamed.onnx")
     with pytest.raises(ExportError, match=r"has \['scores'\]; expected \['logits'\]"):
         check_graph(tmp_path / "renamed.onnx", io)
 
@@ -198,7 +198,7 @@ def test_a_failing_export_is_retried_with_plain_attention(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "run_exporter", refuses_fused_attention)
     example = checkpoint.processing.arrays([one.content for one in test_split("image-classification", 2)])
-    _, attention = export_onnx(checkpoint, example, 20)
+    _, attention = export_onnx(checkpoint, example, 20, tmp_path / "exported.onnx")
     assert (seen, attention) == (["sdpa", "eager"], "plain")
     assert checkpoint.model.backbone.network.config._attn_implementation == "sdpa"
 
@@ -264,8 +264,8 @@ def with_network(network: torch.nn.Module, features: int) -> Checkpoint:
 def exported_error(checkpoint: Checkpoint, folder: Path) -> tuple[float, str]:
     """The largest error of its graph at every tried shape, and how its attention was exported."""
     shapes = tried_inputs(checkpoint, context_of(folder / "out", {}))
-    exported, attention = export_onnx(checkpoint, shapes[1], 20)
-    save_onnx(exported, folder / "exported.onnx")
+    exported, attention = export_onnx(checkpoint, shapes[1], 20, folder / "exported.onnx")
+    save_graph(exported, folder / "exported.onnx")
     check_graph(folder / "exported.onnx", checkpoint.spec.io)
     reference, _ = reference_logits(checkpoint, shapes)
     return max(error for _, error in shape_errors(folder / "exported.onnx", shapes, reference, 2)), attention
@@ -358,7 +358,7 @@ def test_an_export_that_fails_twice_says_both_reasons(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "run_exporter", refuses)
     checkpoint = load_checkpoint(made("text-classification")["merge-lora"].folder / "checkpoint")
     with pytest.raises(ExportError, match=r"as built attention: RuntimeError.*plain attention: RuntimeError"):
-        export_onnx(checkpoint, {}, 20)
+        export_onnx(checkpoint, {}, 20, Path("exported.onnx"))
 
 
 def test_the_configuration_refuses_other_formats() -> None:
