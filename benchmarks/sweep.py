@@ -473,7 +473,7 @@ def quantize(bench: Bench) -> tuple[str, str]:
     candidates = Quantize().run(bench.context("quantize"), config).measurements["candidates"]
     told = [
         f"{one['name'].removeprefix('onnx-int8-')}: "
-        + (f"{one['share_int8_macs']:.0%} of the arithmetic" if one["accepted"] else one["reason"])
+        + (f"{one['narrow_share']:.0%} of the arithmetic" if one["accepted"] else one["reason"])
         for one in candidates
     ]
     return "yes" if any(one["accepted"] for one in candidates) else "no", "; ".join(told)

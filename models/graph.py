@@ -68,6 +68,20 @@ def carry_modules(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
             node.metadata_props.add(key=MODULE, value=module)
 
 
+def at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """A copy whose operators are those of at least this opset, by onnx's converter; modules are still named."""
+    import copy
+
+    import onnx
+
+    found = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    if found >= opset:
+        return copy.deepcopy(model)
+    converted: onnx.ModelProto = onnx.version_converter.convert_version(model, opset)
+    carry_modules(model, converted)
+    return converted
+
+
 def module_of(node: onnx.NodeProto) -> str:
     """The path of the module that a node comes from, empty where the graph does not say.
 

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from stages.artifact import Artifact
 
 CANDIDATES_FILE = "candidates.json"
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 """What a file is called. What its arithmetic is in is measured: `mac_shares`."""
+
+FLOATS = ("fp32", "fp16")
+"""Precisions that lose next to nothing: what has fewer bits must be better than these at what is asked for."""
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ BATCH_PROFILE = (1, 8, 32)
 ENGINE_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2}
 ENGINE_TOLERANCE_INT8 = 5e-2
 """How far an engine, or the mended graph that it is built from, may be from its candidate, as a share of the range of
-the outputs: export's ceilings of its precision, and for INT8 what package allows another device. Where products became
-FP16 at least fp16's. Measured of mends on tiny graphs: 0 for biases and middle zero points, 2e-7 for resizes, 2e-4 for
-products in FP16."""
+the outputs: export's ceilings of its precision, and for fewer bits what package allows another device. Where products
+became FP16 at least fp16's. Measured of mends on tiny graphs: 0 for biases and middle zero points, 2e-7 for resizes,
+2e-4 for products in FP16."""
 
 UNPROVEN = "UNPROVEN"
 

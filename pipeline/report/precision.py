@@ -1,4 +1,4 @@
-"""The precision section of the page: what accuracy costs in INT8, and which modules of the network decide it."""
+"""The precision section of the page: what lower precision costs, and which modules of the network decide it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def precision_section(facts: Facts) -> Html:
 
 
 def points_of(candidate: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the search tried, from the least to the largest share in INT8; points without a number are left out."""
-    keys = ("share_int8_macs", "metric", "agreement")
+    """What the search tried, from the least to the largest share in lower precision; only with all numbers."""
+    keys = ("narrow_share", "metric", "agreement")
     points = [one for one in records(candidate.get("tried")) if all(number(one.get(key)) is not None for key in keys)]
-    return sorted(points, key=lambda one: float(one["share_int8_macs"]))
+    return sorted(points, key=lambda one: float(one["narrow_share"]))
 
 
 def curve_of(candidate: dict[str, Any]) -> Html:
-    """Metric and agreement on the validation split against the share of the arithmetic in INT8."""
+    """Metric and agreement on the validation split against the share of the arithmetic in lower precision."""
     points = points_of(candidate)
     metric = shorten(candidate.get("metric_name") or "metric", 40)
 
     def series(key: str, name: str, style: str) -> svg.Series:
-        return svg.Series(name, tuple((100 * one["share_int8_macs"], float(one[key])) for one in points), style)
+        return svg.Series(name, tuple((100 * one["narrow_share"], float(one[key])) for one in points), style)
 
     lines = [series("metric", metric, "first"), series("agreement", "agreement", "second")]
-    reference, share = number(candidate.get("reference_metric")), number(candidate.get("share_int8_macs"))
-    text = f"{candidate.get('name')}: by share of the arithmetic in INT8, " + "; ".join(
+    reference, share = number(candidate.get("reference_metric")), number(candidate.get("narrow_share"))
+    text = f"{candidate.get('name')}: by share of the arithmetic in {narrow_of(candidate)}, " + "; ".join(
         f"{item.name} from {item.points[0][1]:.1%} at {item.points[0][0]:.0f}% "
         f"to {item.points[-1][1]:.1%} at {item.points[-1][0]:.0f}%"
         for item in lines
@@ -47,7 +47,7 @@ def curve_of(candidate: dict[str, Any]) -> Html:
         lines,
         text,
         lambda value: f"{100 * value:.1f}%",
-        "share of the multiply-accumulates in INT8, %",
+        f"share of the multiply-accumulates in {narrow_of(candidate)}, %",
         [(f"PyTorch {metric}", reference)] if reference is not None else [],
         None if share is None else 100 * share,
     )
@@ -56,8 +56,13 @@ def curve_of(candidate: dict[str, Any]) -> Html:
     return element("figure", heading, chart, element("figcaption", note))
 
 
+def narrow_of(candidate: dict[str, Any]) -> str:
+    """The precision that the shares are of."""
+    return shorten(candidate.get("narrow") or "lower precision", 20)
+
+
 def sensitive_table(candidate: dict[str, Any]) -> Html:
-    """The modules that INT8 harms most, alone, and which of them stay in floating point."""
+    """The modules that lower precision harms most, alone, and which of them stay in floating point."""
     kept = set(map(str, sequence(candidate.get("float_modules"))))
     rows = [sensitive_row(one, str(one.get("module")) in kept) for one in records(candidate.get("sensitivity"))]
     if not rows:

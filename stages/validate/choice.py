@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from stages.candidates import FLOATS
 from stages.latency import speedup_of
-
-FLOATS = ("fp32", "fp16")
-"""Precisions that lose next to nothing: what has fewer bits must be better than these at what is asked for."""
 
 OBJECTIVES = {"latency": "latency_ms_p50", "size": "size_bytes", "accuracy": "metric"}
 

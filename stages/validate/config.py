@@ -9,9 +9,10 @@ from pydantic import Field
 
 from stages.artifact import digest_of, sha256_of_file
 from stages.base import StageConfig
+from stages.candidates import FLOATS
 from stages.validate.engines import EngineRule
 
-AGREEMENT_INT8 = 0.94
+AGREEMENT_NARROW = 0.94
 
 
 class GatesConfig(StageConfig):
@@ -44,6 +45,12 @@ class GatesConfig(StageConfig):
         le=1,
         description="The same for INT8 candidates alone. Default: min_agreement where that is written, else 0.94: "
         "near-ties flip in INT8 without harm to the metric, which has a gate of its own.",
+    )
+    min_agreement_int4: float | None = Field(
+        default=None, ge=0, le=1, description="The same for candidates with INT4 weights alone; the same default."
+    )
+    min_agreement_fp8: float | None = Field(
+        default=None, ge=0, le=1, description="The same for FP8 candidates alone; the same default."
     )
     max_relative_error_fp32: float = Field(
         default=1e-3,
@@ -83,11 +90,13 @@ class GatesConfig(StageConfig):
 
     def agreement_of(self, precision: str) -> float:
         """The share of samples that a candidate of this precision must agree on."""
-        if precision != "int8":
+        if precision in FLOATS:
             return self.min_agreement
-        if self.min_agreement_int8 is not None:
-            return self.min_agreement_int8
-        return self.min_agreement if "min_agreement" in self.model_fields_set else AGREEMENT_INT8
+        narrow = {"int8": self.min_agreement_int8, "int4": self.min_agreement_int4, "fp8": self.min_agreement_fp8}
+        own = narrow[precision]
+        if own is not None:
+            return own
+        return self.min_agreement if "min_agreement" in self.model_fields_set else AGREEMENT_NARROW
 
 
 class ValidateConfig(StageConfig):

@@ -231,12 +231,13 @@ def passing_run() -> dict[str, Any]:
                 "metric": 0.858,
                 "metric_name": "accuracy",
                 "reference_metric": 0.861,
-                "share_int8_macs": 0.96,
+                "narrow": "INT8",
+                "narrow_share": 0.96,
                 "mac_shares": {"int8": 0.96, "fp32": 0.04},
                 "float_modules": ["blocks.1.0.conv_dw"],
                 "tried": [
-                    {"float_nodes": 0, "metric": 0.83, "agreement": 0.936, "share_int8_macs": 1.0},
-                    {"float_nodes": 1, "metric": 0.858, "agreement": 0.98, "share_int8_macs": 0.96},
+                    {"float_nodes": 0, "metric": 0.83, "agreement": 0.936, "narrow_share": 1.0},
+                    {"float_nodes": 1, "metric": 0.858, "agreement": 0.98, "narrow_share": 0.96},
                 ],
                 "sensitivity": [
                     {"node": "Conv_12", "module": "blocks.1.0.conv_dw", "harm": 0.0953, "mac_share": 0.04},

@@ -22,12 +22,16 @@ from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 from models.spec import TaskName
 from stages.artifact import Artifact
 from stages.base import StageContext
+from stages.candidates import Candidate
 from stages.data.splits import DataSplits, Example
 from stages.quantize import Quantize, QuantizeConfig
+from stages.quantize.bench import Workbench, rank_nodes
+from stages.quantize.budget import outside_budget, search_precisions
 from stages.quantize.calibration import BATCH_SIZES, Method, calibrate_ranges, least_error
+from stages.quantize.onnxruntime_backend import PLANS, calibrate
 from stages.quantize.qdq import Form, compute_nodes, quantizable_nodes, quantize_graph
+from stages.quantize.schemes import Scheme
 from stages.quantize.search import fewest, rungs_for
-from stages.quantize.stage import Workbench, calibrate, outside_budget, quantize_statically, rank_nodes
 from stages.validate import ValidateConfig
 from tests.stages.chain import artifact_of, context_of, made, test_split
 
@@ -58,7 +62,7 @@ def test_candidates_inside_the_budget_are_written(tmp_path: Path, task: TaskName
     fp32 = made(task)["export"].file("onnx-fp32.onnx").stat().st_size
     static = candidates["onnx-int8-static"]
     assert static["size_bytes"] == (context.output / "onnx-int8-static.onnx").stat().st_size < fp32
-    assert static["measurements"]["share_int8_macs"] > 0.5
+    assert static["measurements"]["narrow_share"] > 0.5
 
 
 def test_a_network_without_matrix_products_has_nothing_for_the_dynamic_scheme(tmp_path: Path) -> None:
@@ -163,6 +167,11 @@ def bench_of(tmp_path: Path, config: QuantizeConfig) -> Workbench:
     return Workbench(context, config, checkpoint, model, products, tmp_path, logits, logits.argmax(1))
 
 
+def candidate_of(bench: Workbench, scheme: Scheme = "int8-static") -> Candidate:
+    """What a scheme comes to on a bench."""
+    return search_precisions(bench, scheme, PLANS[scheme](bench))
+
+
 @pytest.mark.parametrize("layout", ["onnxruntime", "tensorrt"])
 def test_the_node_that_int8_breaks_ranks_first(tmp_path: Path, layout: Any) -> None:
     bench = bench_of(tmp_path, QuantizeConfig())
@@ -174,13 +183,13 @@ def test_the_node_that_int8_breaks_ranks_first(tmp_path: Path, layout: Any) -> N
 
 def test_the_search_keeps_that_node_in_float_and_stops(tmp_path: Path) -> None:
     bench = bench_of(tmp_path, QuantizeConfig(min_agreement=0.9, max_metric_drop=0.1))
-    candidate = quantize_statically(bench, "onnxruntime")
+    candidate = candidate_of(bench)
     assert candidate.accepted, candidate.reason
     assert candidate.measurements["float_modules"] == ["network.second"]
     plain, mended = candidate.measurements["tried"]
     assert plain["agreement"] < 0.9 <= mended["agreement"]
-    assert (plain["share_int8_macs"], plain["float_nodes"], mended["float_nodes"]) == (1.0, 0, 1)
-    assert candidate.measurements["share_int8_macs"] == pytest.approx(28 / 44)  # 3·4 + 4·4 of 3·4 + 4·4 + 4·4
+    assert (plain["narrow_share"], plain["float_nodes"], mended["float_nodes"]) == (1.0, 0, 1)
+    assert candidate.measurements["narrow_share"] == pytest.approx(28 / 44)  # 3·4 + 4·4 of 3·4 + 4·4 + 4·4
     assert candidate.measurements["mac_shares"] == pytest.approx({"int8": 28 / 44, "fp32": 16 / 44})
     ranked = candidate.measurements["sensitivity"]
     assert ranked[0]["module"] == "network.second" and ranked[0]["mac_share"] == pytest.approx(16 / 44)
@@ -192,7 +201,7 @@ def test_the_search_keeps_that_node_in_float_and_stops(tmp_path: Path) -> None:
 
 
 def test_without_the_search_the_candidate_is_left_out(tmp_path: Path) -> None:
-    candidate = quantize_statically(bench_of(tmp_path, QuantizeConfig(keep_float="none")), "onnxruntime")
+    candidate = candidate_of(bench_of(tmp_path, QuantizeConfig(keep_float="none")))
     assert not candidate.accepted and "the budget is" in candidate.reason
     assert len(candidate.measurements["tried"]) == 1
     assert not (tmp_path / "out" / candidate.file).exists()
@@ -200,17 +209,17 @@ def test_without_the_search_the_candidate_is_left_out(tmp_path: Path) -> None:
 
 def test_too_small_a_share_is_not_worth_shipping(tmp_path: Path) -> None:
     loose = QuantizeConfig(min_agreement=0, max_metric_drop=1, min_int8_share=1.0)
-    assert quantize_statically(bench_of(tmp_path / "loose", loose), "onnxruntime").accepted
+    assert candidate_of(bench_of(tmp_path / "loose", loose)).accepted
     strict = QuantizeConfig(min_agreement=0.9, max_metric_drop=0.1, min_int8_share=0.8)
-    candidate = quantize_statically(bench_of(tmp_path / "strict", strict), "onnxruntime")
+    candidate = candidate_of(bench_of(tmp_path / "strict", strict))
     assert not candidate.accepted and "only 63.6% of the arithmetic is in INT8" in candidate.reason
 
 
 def test_a_graph_that_the_quantizer_left_as_it_was_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.quantize.stage.quantize_graph", lambda model, *_: copy.deepcopy(model))
+    monkeypatch.setattr("stages.quantize.onnxruntime_backend.quantize_graph", lambda model, *_: copy.deepcopy(model))
     config = QuantizeConfig(min_int8_share=0, max_metric_drop=1, min_agreement=0)
     with pytest.raises(StageError, match=r"onnx-int8-static is labelled int8, but its arithmetic is 100% fp32"):
-        quantize_statically(bench_of(tmp_path, config), "onnxruntime")
+        candidate_of(bench_of(tmp_path, config))
 
 
 def test_the_rungs_double_up_to_half_of_the_nodes() -> None:
@@ -372,16 +381,16 @@ def test_ranges_are_merged_over_batches_and_must_be_finite(tmp_path: Path) -> No
 
 def test_a_drop_that_equals_the_budget_is_inside() -> None:
     """0.868 − 0.858 is above 0.01 in floating point; counts are not."""
-    measured = {"metric_drop": (434 - 429) / 500, "metric_name": "accuracy", "agreement": 1.0, "share_int8_macs": 1.0}
-    assert outside_budget(QuantizeConfig(max_metric_drop=0.01), measured) == ""
-    assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured)
+    measured = {"metric_drop": (434 - 429) / 500, "metric_name": "accuracy", "agreement": 1.0, "narrow_share": 1.0}
+    assert outside_budget(QuantizeConfig(max_metric_drop=0.01), measured, "int8-static") == ""
+    assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured, "int8-static")
 
 
 @pytest.mark.parametrize(("cosine", "said"), [(0.96, ""), (0.959, "has the cosine 0.9590"), (None, "has no length")])
 def test_embeddings_have_a_budget_for_their_cosine(cosine: float | None, said: str) -> None:
-    measured = {"metric_drop": 0.0, "metric_name": "recall@1", "agreement": 1.0, "share_int8_macs": 1.0}
-    assert outside_budget(QuantizeConfig(), measured) == ""
-    found = outside_budget(QuantizeConfig(), measured | {"cosine": cosine})
+    measured = {"metric_drop": 0.0, "metric_name": "recall@1", "agreement": 1.0, "narrow_share": 1.0}
+    assert outside_budget(QuantizeConfig(), measured, "fp8") == ""
+    found = outside_budget(QuantizeConfig(), measured | {"cosine": cosine}, "fp8")
     assert said in found and bool(said) == bool(found)
     assert ValidateConfig().gates.min_cosine < QuantizeConfig().min_cosine
 
