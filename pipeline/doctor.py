@@ -11,7 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pipeline.machine import describe_hardware, has_nvidia_driver
+from models.errors import MissingCapabilityError
+from models.runtimes.gpu import gpu_here, has_nvidia_driver
+from models.runtimes.onnxruntime_session import INSTALL
+from pipeline.machine import describe_hardware
 from stages.environment import version_of
 
 CORE = (
@@ -51,6 +54,8 @@ def examine() -> list[Finding]:
         examine_onnxruntime(),
         examine_providers(),
         examine_gpu(),
+        *examine_gpu_providers(),
+        examine_engines(),
         *examine_optional(),
         examine_memory(),
         examine_disk(),
@@ -119,6 +124,45 @@ def examine_gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding("broken", "GPU", "a driver is loaded, but PyTorch sees no CUDA device", "look at nvidia-smi")
     return Finding("ok", "GPU", torch.cuda.get_device_name())
+
+
+def examine_gpu_providers() -> list[Finding]:
+    """Whether the providers that `validate.providers` takes beside the CPU's really run here: that ONNX Runtime lists
+    CUDA says only that it was built with it."""
+    from stages.validate.providers import PROVIDERS, require_providers
+
+    findings = []
+    for name, provider in PROVIDERS.items():
+        if name == "cpu":
+            continue
+        what = f"{name} provider"
+        if not has_nvidia_driver():
+            findings.append(Finding("absent", what, "no NVIDIA driver is loaded", INSTALL[provider]))
+            continue
+        try:
+            require_providers([name])
+        except MissingCapabilityError as error:
+            findings.append(Finding("absent", what, str(error), INSTALL[provider]))
+        else:
+            findings.append(Finding("ok", what, f"{provider} ran a network of one node"))
+    return findings
+
+
+def examine_engines() -> Finding:
+    """Whether engines for the GPU of this machine can be run, so that validate proves them without a receipt."""
+    from models.engines.targets import runtime_of, table
+
+    gpu = gpu_here()
+    if gpu is None:
+        return Finding(
+            "absent", "running engines", "no GPU: engines are built, and stay UNPROVEN until a device runs them"
+        )
+    names = [name for name, one in table().targets.items() if one.compute_capability == gpu.compute_capability]
+    usable = [name for name in names if find_spec(runtime_of(table().targets[name]).library)]
+    if usable:
+        return Finding("ok", "running engines", f"for {', '.join(usable)} on {gpu}")
+    mends = dict.fromkeys(runtime_of(table().targets[name]).install for name in names)
+    return Finding("absent", "running engines", f"no library here runs engines on {gpu}", " or ".join(mends))
 
 
 def examine_optional() -> list[Finding]:

@@ -8,17 +8,14 @@ import resource
 from pathlib import Path
 
 from models.errors import MissingCapabilityError
+from models.runtimes.gpu import gpu_here, has_nvidia_driver
 
 REPORTED_PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
-    "onnxruntime", "onnxruntime-gpu", "optimum", "tensorrt-rtx-cu13", "tensorrt", "nvidia-modelopt", "numpy",
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "optimum", "tensorrt-rtx-cu13", "tensorrt",
+    "nvidia-modelopt", "numpy",
     "pillow", "tokenizers", "safetensors", "scikit-learn", "pydantic", "typer",
 )  # fmt: skip
-
-
-def has_nvidia_driver() -> bool:
-    """Whether an NVIDIA driver is loaded here (a cheap look, also under WSL; no library is imported)."""
-    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
 
 
 def resolve_device(asked: str) -> str:
@@ -42,7 +39,8 @@ def resolve_device(asked: str) -> str:
 
 
 def describe_hardware() -> dict[str, str | int]:
-    """Processor, core count, memory in bytes, system."""
+    """Processor, core count, memory in bytes, system; the GPU where there is one."""
+    gpu = gpu_here()
     return {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -50,6 +48,7 @@ def describe_hardware() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
+        **({"gpu": str(gpu), "gpu_memory_bytes": gpu.memory_bytes} if gpu else {}),
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from models.errors import ConfigError, PipelineError, Problem, StageError
 from models.registry import pin
+from models.runtimes.gpu import gpu_here
 from models.spec import BackboneSpec
 from pipeline.config import PipelineConfig
 from pipeline.folder import lock_folder, translated_system_errors
@@ -47,6 +48,7 @@ from stages.base import Progress, Stage, StageContext, StageResult
 from stages.data.load import load_data
 from stages.data.splits import DataSplits
 from stages.environment import digest_of_code, versions_of
+from stages.validate.providers import require_providers
 
 FRESH = "configuration, inputs, data, versions and files are unchanged"
 SCRATCH = ".scratch"
@@ -118,6 +120,8 @@ class Runner:
             parts["device"] = self.device
         if "processor" in stage.machine:
             parts["processor"] = processor_name()
+        if "gpu" in stage.machine and (gpu := gpu_here()):
+            parts["gpu"] = str(gpu)
         if not stage.consumes:
             parts["backbone"] = {"library": self.pinned.library, "weights": self.pinned.weights_digest}
         return parts
@@ -147,7 +151,7 @@ class Runner:
         decisions: list[Decision] = []
         stale: set[str] = set()
         with translated_system_errors("plan", self.run_dir):
-            resolve_device(self.config.device)  # refused now as it would be then
+            self.require_machine(names)  # refused now as it would be then
             self.refuse_foreign_folders(names)
             self.check_upstream(names)
             for name in names:
@@ -163,6 +167,12 @@ class Runner:
                     decisions[-1] = Decision(name, True, f"gate {failed!r} failed: the run stops here")
                     break
         return decisions
+
+    def require_machine(self, names: Sequence[str]) -> None:
+        """Raises `MissingCapabilityError` where the device or a provider that was asked for is not here."""
+        resolve_device(self.config.device)
+        if "validate" in names:
+            require_providers(self.config.validate_.providers)
 
     def failed_gate_on_disk(self, name: str) -> str:
         """The first gate of a committed stage that did not pass; empty where all did."""
@@ -185,8 +195,10 @@ class Runner:
         Raises:
             ConfigError: a stage before the first of `names` has no usable result, or another run
                 holds the folder.
+            MissingCapabilityError: this machine lacks a device or a provider that was asked for.
             PipelineError: a stage failed; the artifacts of the stages before it stay.
         """
+        self.require_machine(names)
         with lock_folder(self.run_dir):
             try:
                 self.refuse_foreign_folders(names)

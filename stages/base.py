@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.artifact import Artifact
     from stages.gate import GateResult
 
-MachinePart = Literal["device", "processor", "threads"]
+MachinePart = Literal["device", "processor", "threads", "gpu"]
 
 NETWORK_PACKAGES = ("torch", "timm", "transformers", "safetensors", "numpy")
 """What builds a network from a checkpoint and runs it: every stage does."""
@@ -28,6 +28,9 @@ PROCESSING_PACKAGES = ("pillow", "tokenizers", "soundfile", "soxr")
 
 RUNTIME_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu")
 """What writes and runs ONNX files."""
+
+PROVIDER_PACKAGES = ("onnxruntime-ep-nv-tensorrt-rtx-cu13",)
+"""Execution providers that come in packages of their own."""
 
 
 class StageConfig(BaseModel):
@@ -89,7 +92,7 @@ class Stage(Protocol):
 
     `splits` are the data splits whose content the result depends on, `packages` the installed distributions
     whose versions can change it, and `machine` what of the machine does (where training runs, the processor
-    that times are measured on, the threads of every runtime): all are part of the freshness key.
+    that times are measured on, the threads of every runtime, the GPU): all are part of the freshness key.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Engines of candidates: what export and quantize build where engines are asked for, and how it is written down.
 
-An engine belongs to the ONNX candidate that it is built from: it is never better proven than that one. It is built for
-devices that this machine is not, so that nothing here runs it: until a device has, it is UNPROVEN.
+An engine belongs to the ONNX candidate that it is built from: it is never better proven than that one. Most are built
+for devices that this machine is not: until a device has run one, it is UNPROVEN.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from models.engines.mends import Mended, mend_for
 from models.engines.targets import Target, runtime_of, target_of
 from models.errors import ConfigError, EngineError, Problem, RuntimeInferenceError
 from models.graph import module_of
+from models.runtimes.gpu import gpu_here
 from stages.artifact import sha256_of_file, write_json
 from stages.base import StageConfig, StageContext
 from stages.candidates import Candidate
@@ -407,10 +408,8 @@ def builds_here(target: Target) -> bool:
         return True
     if find_spec(runtime_of(target).library) is None:
         return False
-    import torch
-
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return found is not None and ".".join(map(str, found)) == target.compute_capability
+    gpu = gpu_here()
+    return gpu is not None and gpu.compute_capability == target.compute_capability
 
 
 def refusals_of(outcome: Outcome, model: onnx.ModelProto) -> list[Finding]:

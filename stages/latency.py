@@ -27,6 +27,9 @@ threads spin for a while before they sleep."""
 
 BATCH_CALLS_PER_TURN = 1
 
+TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s", "turns_ms")
+"""The keys of a runtime's timings; None where there was no sample to run."""
+
 SPARE_CORES = 0.25
 """Other processes may use this much more than the cores that are left over: the system itself needs a little."""
 

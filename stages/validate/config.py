@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.artifact import digest_of, sha256_of_file
 from stages.base import StageConfig
 from stages.candidates import FLOATS
 from stages.validate.engines import EngineRule
+from stages.validate.providers import ProviderName
 
 AGREEMENT_NARROW = 0.94
 
@@ -110,11 +111,25 @@ class ValidateConfig(StageConfig):
     batch_size: int = Field(
         default=32, ge=1, description="Batch size of the metric and throughput measurements (number)."
     )
+    providers: tuple[ProviderName, ...] = Field(
+        default=("cpu",),
+        min_length=1,
+        description="Execution providers of ONNX Runtime that every candidate is run on, held to the gates and timed. "
+        "The first decides what is shipped; one that this machine lacks is an error before anything runs.",
+    )
     latency_calls: int = Field(default=100, ge=20, description="Timed calls of each runtime at batch 1 (number).")
     receipts: tuple[str, ...] = Field(
         default=(), description="Files of `pipeline verify --receipt`, from the devices that engines are built for."
     )
     gates: GatesConfig = Field(default_factory=GatesConfig, description="Thresholds.")
+
+    @field_validator("providers")
+    @classmethod
+    def each_once(cls, value: tuple[ProviderName, ...]) -> tuple[ProviderName, ...]:
+        """A provider that is named twice would be measured twice under one name."""
+        if len(set(value)) != len(value):
+            raise ValueError("a provider is named twice")
+        return value
 
     def outside(self) -> dict[str, str]:
         """What the receipts hold, wherever they lie."""

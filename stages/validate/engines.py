@@ -1,7 +1,8 @@
 """Engines among the candidates: which are shipped for which target, and what proves them.
 
-Nothing here runs an engine: it is built for a device that this machine is not. Its candidate's ONNX file is measured
-like any other; of the engine itself there is no evidence but a receipt from its device. Without one it is UNPROVEN.
+Most engines are built for devices that this machine is not. Its candidate's ONNX file is measured like any other; of
+an engine itself there is no evidence but a receipt from its device, or its run here where this machine has the GPU
+that it is for (engine_runs.py). Without either it is UNPROVEN.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def add_receipts(engines: list[dict[str, Any]], candidates: Sequence[dict[str, A
         check_version(path, receipt, target_of(receipt.target))
         error, span = receipt.max_abs_error, ranges[entry["candidate"]]
         share = error / span if error is not None and span else None
-        entry["receipts"][receipt.target] = {**receipt.to_dict(), "relative_error": share}
+        entry["receipts"][receipt.target] = {"kind": "receipt", **receipt.to_dict(), "relative_error": share}
 
 
 def check_version(path: Path, receipt: Receipt, target: Target) -> None:
@@ -94,22 +95,24 @@ def choose_engines(
 
     One that a device has proven goes first, one that a device has found wrong last. Then for size and for latency the
     smallest: how fast the candidates are on this processor says nothing of a GPU, and what is read from memory does.
-    INT8 engines may be larger than FP16 ones (EfficientNet-Lite0: 9.8 and 7.5 MB). For accuracy it is that of the best
-    candidate.
+    INT8 engines may be larger than FP16 ones (EfficientNet-Lite0: 9.8 and 7.5 MB). Where all of a target were timed on
+    the GPU here, the fastest is chosen for latency. For accuracy it is that of the best candidate.
     """
 
-    def rank(entry: dict[str, Any], target: str) -> tuple[int, int, int]:
-        found = entry["receipts"].get(target, {}).get("relative_error")
-        proven = 1 if found is None else 0 if holds(entry, target) else 2
-        size = 0 if objective == "accuracy" else entry["size_bytes"] or 0
-        return proven, size, ranked.index(entry["candidate"])
+    def rank(entry: dict[str, Any], target: str, timed: bool) -> tuple[int, float, int]:
+        evidence = entry["receipts"].get(target, {})
+        proven = 1 if evidence.get("relative_error") is None else 0 if holds(entry, target) else 2
+        cost = 0 if objective == "accuracy" else entry["size_bytes"] or 0
+        return proven, evidence["latency_ms_p50"] if timed else cost, ranked.index(entry["candidate"])
 
     request = asked_engines(context.inputs["export"])
     targets = request.targets if request else ()
     for target in targets:
         fitting = [entry for entry in engines if target in entry["targets"] and entry["candidate"] in ranked]
         if fitting:
-            best = min(fitting, key=partial(rank, target=target))
+            found = [entry["receipts"].get(target, {}) for entry in fitting]
+            timed = all(one.get("kind") == "run here" and one["latency_ms_p50"] is not None for one in found)
+            best = min(fitting, key=partial(rank, target=target, timed=timed and objective == "latency"))
             best["ships_for"].append(target)
     return targets
 

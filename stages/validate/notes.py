@@ -18,7 +18,7 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
         f"{REFERENCE}: {metric} {reference['metric']:.4f} on {evidence['samples']} samples, "
         f"{reference['latency_ms_p50']:.2f} ms"
     ]
-    for entry in evidence["candidates"]:
+    for entry in [*evidence["candidates"], *evidence["other_runs"], *evidence["engine_runs"]]:
         if entry["problem"]:
             lines.append(f"{entry['name']}: {entry['problem']}")
             continue
@@ -27,12 +27,13 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"{entry['smallest_visible_drop']:.4f} or more would show), agreement {entry['agreement']:.4f}, "
             f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
         )
-        lines += [f"{entry['name']} is left out: {reason}" for reason in entry["over_limits"]]
-        if entry["not_worth_it"]:
+        lines += [f"{entry['name']} is left out: {reason}" for reason in entry.get("over_limits", ())]
+        if entry.get("not_worth_it"):
             lines.append(f"{entry['name']} does not earn its place here: {'; '.join(entry['not_worth_it'].values())}")
     if evidence["disturbed"]:
         lines.append(
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
             f"{evidence['threads']} threads that were measured"
         )
-    return [*lines, f"chosen for {evidence['objective']}: {evidence['chosen'] or 'none'}", *engine_notes(evidence)]
+    chosen = f"chosen for {evidence['objective']} on {evidence['provider']}: {evidence['chosen'] or 'none'}"
+    return [*lines, chosen, *engine_notes(evidence)]

@@ -2,25 +2,29 @@
 
 Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split.
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen.
-Gates: enough samples; for each candidate outputs that can be compared, metric drop, agreement and numeric
-error by precision; a candidate inside the limits on latency and size, where they are set; where engines are asked for,
-one for each target, proven on its device. No evidence is never a pass.
+Gates: enough samples; for each candidate, on every provider asked for, outputs that can be compared, metric drop,
+agreement and numeric error by precision; a candidate inside the limits on latency and size, where they are set; where
+engines are asked for, one for each target, proven on its device. No evidence is never a pass.
 Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.errors import RuntimeInferenceError
+from models.runtimes.gpu import gpu_here
 from models.tasks import task_of
 from models.tasks.single_label import SingleLabel
 from stages.artifact import unchanged_files, write_json
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
+    PROVIDER_PACKAGES,
     RUNTIME_PACKAGES,
     MachinePart,
     StageContext,
@@ -28,13 +32,24 @@ from stages.base import (
 )
 from stages.candidates import Candidate, read_candidates
 from stages.data.splits import SplitName
-from stages.gate import Gate
-from stages.latency import OtherWork, is_disturbed, speedup_of
+from stages.engines import ENGINE_PACKAGES
+from stages.gate import Gate, GateResult
+from stages.latency import TIMES, OtherWork, is_disturbed, speedup_of
 from stages.validate.choice import choose, not_worth_it, ranked
 from stages.validate.config import ValidateConfig
+from stages.validate.engine_runs import engine_run_gates, run_engines
 from stages.validate.engines import add_receipts, choose_engines, engine_gates, measured_engines
 from stages.validate.gates import check, choice_gates, over_limits
 from stages.validate.notes import REFERENCE, notes_of
+from stages.validate.providers import (
+    DEVICES,
+    PROVIDERS,
+    ProviderName,
+    gates_elsewhere,
+    name_on,
+    require_providers,
+    split_runs,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,11 +67,13 @@ LATENCY_SAMPLES = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """A candidate, the artifact it comes from, and the SHA-256 of its files."""
+    """A candidate on a provider, the artifact it comes from, the SHA-256 of its files, and what this run is called."""
 
     candidate: Candidate
     artifact: Artifact
     files: dict[str, str]
+    provider: ProviderName
+    name: str
 
     @property
     def path(self) -> Path:
@@ -71,25 +88,34 @@ class Validate:
     config_type = ValidateConfig
     consumes = ("merge-lora", "export", "quantize")
     splits: tuple[SplitName, ...] = ("test",)
-    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, "scipy", "scikit-learn")
-    machine: tuple[MachinePart, ...] = ("processor", "threads")
+    packages = (
+        *NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, *PROVIDER_PACKAGES, *ENGINE_PACKAGES,
+        "scipy", "scikit-learn",
+    )  # fmt: skip
+    machine: tuple[MachinePart, ...] = ("processor", "threads", "gpu")
 
     def run(self, context: StageContext, config: ValidateConfig) -> StageResult:
         """Measure the reference and every candidate, check the gates, choose."""
         from models.checkpoint import load_checkpoint
 
+        require_providers(config.providers)
         checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
-        candidates = accepted_candidates(context)
+        candidates = accepted_candidates(context, config.providers)
         outputs = all_outputs(context, config, checkpoint, candidates)
         with OtherWork() as others:
-            timings = all_timings(context, config, checkpoint, candidates)
-        evidence = assemble(context, checkpoint, candidates, outputs, timings)
+            timings = all_timings(context, config, checkpoint, candidates, outputs)
+        evidence = assemble(context, checkpoint, candidates, outputs, timings, config.providers[0])
         evidence |= {"other_work_cores": others.cores, "disturbed": is_disturbed(others.cores, context.threads)}
         enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
         gates = [enough.check("test split", float(evidence["samples"]))]
+        embeds = bool(task_of(checkpoint.spec.task).embeds)
+
+        def checked(entry: dict[str, Any]) -> list[GateResult]:
+            return check(entry, config.gates, evidence["samples"], evidence["metric_name"], embeds)
+
         for entry in evidence["candidates"]:
-            embeds = bool(task_of(checkpoint.spec.task).embeds)
-            results = check(entry, config.gates, evidence["samples"], evidence["metric_name"], embeds)
+            results = checked(entry)
+            results += gates_elsewhere(entry["name"], evidence["other_runs"], checked)
             entry["passed"] = all(result.passed for result in results)
             entry["over_limits"] = over_limits(entry, config.gates)
             gates += results
@@ -99,9 +125,14 @@ class Validate:
         gates += choice_gates(evidence["candidates"], chosen, config.gates)
         evidence["engines"] = engines = measured_engines(context)
         add_receipts(engines, evidence["candidates"], [Path(file) for file in config.receipts])
+        evidence["engine_runs"] = ran = run_engines(
+            context, checkpoint, engines, outputs, targets_of(context, checkpoint), config.batch_size,
+            config.latency_calls,
+        )  # fmt: skip
         order = ranked(evidence["candidates"], config.objective)
         targets = choose_engines(context, engines, order, config.objective)
         gates += engine_gates(engines, targets, config.gates.engines)
+        gates += engine_run_gates(ran, engines, checked)
         evidence |= {
             "objective": config.objective,
             "chosen": chosen,
@@ -111,8 +142,9 @@ class Validate:
         return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))
 
 
-def accepted_candidates(context: StageContext) -> list[Measured]:
-    """Every accepted candidate of export and quantize, with the digests of the bytes about to be measured.
+def accepted_candidates(context: StageContext, providers: Sequence[ProviderName]) -> list[Measured]:
+    """Every accepted candidate of export and quantize on every provider, with the digests of the bytes about to be
+    measured.
 
     Raises:
         IntegrityError: a file is not as its stage recorded it.
@@ -124,17 +156,25 @@ def accepted_candidates(context: StageContext) -> list[Measured]:
             if not candidate.accepted:
                 continue
             names = [name for name in (candidate.file, f"{candidate.file}.data") if name in artifact.manifest["files"]]
-            found.append(Measured(candidate, artifact, unchanged_files(artifact, names)))
-    return found
+            files = unchanged_files(artifact, names)
+            found.append(Measured(candidate, artifact, files, providers[0], candidate.name))
+    return [
+        replace(one, provider=provider, name=name_on(one.name, provider, providers[0]))
+        for provider in providers
+        for one in found
+    ]
 
 
 def all_outputs(
     context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, candidates: list[Measured]
 ) -> dict[str, Outputs]:
-    """What the reference and every candidate make of the whole test split."""
+    """What the reference and every candidate make of the whole test split.
+
+    Where a provider other than the CPU does not run a candidate, or not all of it, that is the problem of its outputs.
+    """
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
-    from stages.validate.metrics import collect_outputs
+    from stages.validate.metrics import Outputs, collect_outputs
 
     def outputs_of(runtime: Runtime, name: str) -> Outputs:
         test, io = context.data["test"], checkpoint.spec.io
@@ -143,15 +183,25 @@ def all_outputs(
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as reference:
         outputs = {REFERENCE: outputs_of(reference, REFERENCE)}
     for one in candidates:
-        with OnnxRuntimeSession(one.path, threads=context.threads) as session:
-            outputs[one.candidate.name] = outputs_of(session, one.candidate.name)
+        try:
+            with OnnxRuntimeSession(one.path, PROVIDERS[one.provider], context.threads) as session:
+                outputs[one.name] = outputs_of(session, one.name)
+        except RuntimeInferenceError as error:
+            if one.provider == "cpu":
+                raise
+            outputs[one.name] = Outputs(None, str(error))
     return outputs
 
 
 def all_timings(
-    context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, candidates: list[Measured]
+    context: StageContext,
+    config: ValidateConfig,
+    checkpoint: Checkpoint,
+    candidates: list[Measured],
+    outputs: dict[str, Outputs],
 ) -> dict[str, dict[str, Any]]:
-    """Latency and throughput of the reference and every candidate, with equal threads, in turns."""
+    """Latency and throughput of the reference and every candidate, with equal threads, in turns; one provider after the
+    other, with PyTorch on the same device. What another provider than the CPU did not run has no times."""
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
     from stages.latency import measure_latency
@@ -160,14 +210,19 @@ def all_timings(
     if not contents:
         return {}
     singles = [checkpoint.processing.arrays([content]) for content in contents[:LATENCY_SAMPLES]]
-    with ExitStack() as stack:
-        eager = TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads)
-        runtimes: dict[str, Runtime] = {REFERENCE: stack.enter_context(eager)}
-        for one in candidates:
-            session = OnnxRuntimeSession(one.path, threads=context.threads)
-            runtimes[one.candidate.name] = stack.enter_context(session)
-        batch = checkpoint.processing.arrays(contents)
-        return measure_latency(runtimes, singles, batch, config.latency_calls, context.progress)
+    batch = checkpoint.processing.arrays(contents)
+    timings: dict[str, dict[str, Any]] = {}
+    for provider in config.providers:
+        with ExitStack() as stack:
+            eager = TorchEager(checkpoint.model, checkpoint.spec.io, DEVICES[provider], context.threads)
+            reference = name_on(REFERENCE, provider, config.providers[0])
+            runtimes: dict[str, Runtime] = {reference: stack.enter_context(eager)}
+            for one in candidates:
+                if one.provider == provider and (provider == "cpu" or outputs[one.name].values is not None):
+                    session = OnnxRuntimeSession(one.path, PROVIDERS[provider], context.threads)
+                    runtimes[one.name] = stack.enter_context(session)
+            timings |= measure_latency(runtimes, singles, batch, config.latency_calls, context.progress)
+    return timings
 
 
 def assemble(
@@ -176,21 +231,25 @@ def assemble(
     candidates: list[Measured],
     outputs: dict[str, Outputs],
     timings: dict[str, dict[str, Any]],
+    deciding: ProviderName,
 ) -> dict[str, Any]:
-    """Everything that was measured, as plain values."""
+    """Everything that was measured, as plain values. `deciding` is the provider whose numbers are the candidates'."""
     from stages.validate.metrics import compare
 
     spec = checkpoint.spec
     task, targets = task_of(spec.task), targets_of(context, checkpoint)
-    reference, reference_times = outputs[REFERENCE].values, timings.get(REFERENCE, dict.fromkeys(TIMES))
+    reference, nothing = outputs[REFERENCE].values, dict.fromkeys(TIMES)
     entries = []
     for one in candidates:
-        times = timings.get(one.candidate.name, dict.fromkeys(TIMES))
+        times = timings.get(one.name, nothing)
+        reference_times = timings.get(name_on(REFERENCE, one.provider, deciding), nothing)
         before, after = reference_times["turns_ms"], times["turns_ms"]
         speedup, interval = speedup_of(before, after) if before and after else (None, None)
         entries.append(
             {
-                "name": one.candidate.name,
+                "name": one.name,
+                "candidate": one.candidate.name,
+                "provider": one.provider,
                 "stage": one.artifact.stage,
                 "precision": one.candidate.precision,
                 "file": one.candidate.file,
@@ -198,12 +257,13 @@ def assemble(
                 "sha256": one.files[one.candidate.file],
                 "mac_shares": one.candidate.measurements.get("mac_shares", {}),
                 "size_bytes": sum(one.artifact.file(name).stat().st_size for name in one.files),
-                **compare(outputs[one.candidate.name], outputs[REFERENCE], targets, task),
+                **compare(outputs[one.name], outputs[REFERENCE], targets, task),
                 **times,
                 "speedup": speedup,
                 "speedup_interval": interval,
             }
         )
+    decided, elsewhere = split_runs(entries, deciding)
     weights = context.inputs["merge-lora"].file("checkpoint/model.safetensors")
     return {
         "schema_version": EVIDENCE_SCHEMA_VERSION,
@@ -216,14 +276,13 @@ def assemble(
             "metric": float(task.scores(reference, targets).mean()) if reference is not None else None,
             "more_metrics": task.more_metrics(reference, targets) if reference is not None else {},
             "size_bytes": weights.stat().st_size,
-            **reference_times,
+            **timings.get(REFERENCE, nothing),
         },
-        "candidates": entries,
+        "provider": deciding,
+        "gpu": str(gpu) if (gpu := gpu_here()) else None,
+        "candidates": decided,
+        "other_runs": elsewhere,
     }
-
-
-TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s", "turns_ms")
-"""The keys of a runtime's timings; None where there was no sample to run."""
 
 
 def targets_of(context: StageContext, checkpoint: Checkpoint) -> np.ndarray:

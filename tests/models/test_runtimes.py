@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,8 +11,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+import models.runtimes.onnxruntime_session as module
 from models.errors import MissingCapabilityError, RuntimeInferenceError
-from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+from models.runtimes.onnxruntime_session import CPU, CUDA, TENSORRT_RTX, OnnxRuntimeSession, foreign_nodes
 from models.runtimes.torch_eager import TorchEager
 from tests.models.tiny import classifier_of, image_backbone, inputs_of
 
@@ -50,6 +52,67 @@ def test_a_missing_provider_says_what_there_is(doubler: Path) -> None:
 def test_no_silent_fallback_to_the_cpu(doubler: Path) -> None:
     with pytest.raises((MissingCapabilityError, RuntimeInferenceError)):
         OnnxRuntimeSession(doubler, provider="CUDAExecutionProvider").__enter__()
+
+
+def test_a_fallback_of_some_nodes_is_seen_and_arithmetic_on_shapes_is_none(tmp_path: Path) -> None:
+    """What ONNX Runtime says of a session on the CPU, read as if another provider had been asked for."""
+    import onnxruntime
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in "xy")
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], "size"),
+        helper.make_node("MatMul", ["x", "w"], ["product"], "multiply"),
+        helper.make_node("Gelu", ["product"], ["bent"], "bend"),
+        helper.make_node("Reshape", ["bent", "shape"], ["y"], "form"),
+    ]
+    weight = helper.make_tensor("w", TensorProto.FLOAT, (2, 2), [1.0, 2.0, 3.0, 4.0])
+    graph = helper.make_graph(nodes, "some", [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    assert foreign_nodes(session, CPU) == []
+    assert foreign_nodes(session, CUDA) == ["MatMul multiply", "Gelu bend"]
+
+
+def test_a_session_with_nodes_elsewhere_is_refused(doubler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is made, of every provider but the CPU's: here of one that ONNX Runtime calls by the CPU's name."""
+    monkeypatch.setattr(module, "CPU", "another")
+    monkeypatch.setattr(module, "foreign_nodes", lambda session, provider: [f"Gelu {index}" for index in range(7)])
+    with pytest.raises(RuntimeInferenceError, match=r"does not run all of doubler.onnx: .*Gelu 4 and 2 more"):
+        OnnxRuntimeSession(doubler, provider=CPU).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [(False, "in a package that is not here: pip install onnxruntime-ep"), (True, "does not load here: .*nothing.so")],
+)
+def test_a_plugin_that_is_missing_or_does_not_load_is_a_missing_capability(
+    doubler: Path, monkeypatch: pytest.MonkeyPatch, installed: bool, message: str
+) -> None:
+    plugin = SimpleNamespace(get_library_path=lambda: str(doubler.with_name("nothing.so")))
+    monkeypatch.setattr(module, "find_spec", lambda name: plugin if installed else None)
+    monkeypatch.setattr(module, "import_module", lambda name: plugin)
+    with pytest.raises(MissingCapabilityError, match=message):
+        OnnxRuntimeSession(doubler, provider=TENSORRT_RTX).__enter__()
+
+
+def test_a_plugin_without_a_device_of_this_machine_is_a_missing_capability(
+    doubler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "register_plugin", lambda provider: None)
+    with pytest.raises(MissingCapabilityError, match=r"runs on no device.*8\.6, 8\.9 and 12\.0"):
+        OnnxRuntimeSession(doubler, provider=TENSORRT_RTX).__enter__()
+
+
+def test_a_plugin_runs_on_its_device_by_the_calls_of_onnx_runtime(
+    doubler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own provider, taken by its device as a plugin's is."""
+    monkeypatch.setattr(module, "PLUGINS", {CPU: "a plugin"})
+    monkeypatch.setattr(module, "register_plugin", lambda provider: None)
+    with OnnxRuntimeSession(doubler, provider=CPU) as session:
+        np.testing.assert_array_equal(session.infer({"x": np.ones((1, 2), np.float32)})["y"], [[2, 2]])
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x08\x0a garbage"])
