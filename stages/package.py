@@ -60,6 +60,10 @@ order (fp32, fp16: export's own ceilings), and INT8 dot products differ between 
 (nnstreamer 4865), which are what INT4 weights are multiplied in too; of FP8 a value may be rounded the other way."""
 
 
+MODEL_KEYS = ("precision", "size_bytes", "sha256", "metric", "provider", "latency_ms_p50", "logit_range")
+"""What `bundle.json` keeps of a model's evidence; its latency is that on `provider`."""
+
+
 class PackageConfig(StageConfig):
     """What the bundle is called and holds."""
 
@@ -189,7 +193,7 @@ def copy_model(context: StageContext, entry: dict[str, Any], bundle: Path, chose
             )
     return {
         "file": target.relative_to(bundle).as_posix(),
-        **{key: entry[key] for key in ("precision", "size_bytes", "sha256", "metric", "latency_ms_p50", "logit_range")},
+        **{key: entry[key] for key in MODEL_KEYS},
     }
 
 
@@ -372,7 +376,7 @@ Shipped as {chosen["name"]} ({chosen["precision"]}, {chosen["size_bytes"]} bytes
 The {metric} differs from the reference's by {chosen["metric_difference"]:+.4f}, 95 % interval {low:+.4f} to
 {high:+.4f} (paired by sample). So many samples can see a drop of
 {chosen["smallest_visible_drop"]:.4f} or more (90 % power); smaller ones may be there unseen. Latency was measured
-on the machine that built this, with {evidence["threads"]} threads; another one differs.
+on the machine that built this{on_provider(evidence)}, with {evidence["threads"]} threads; another one differs.
 
 {gates_table(evidence, chosen["name"])}
 {engines_table(evidence)}
@@ -391,6 +395,13 @@ Inputs; preprocessing is described in `bundle.json`, and normalisation is inside
 """
 
 
+def on_provider(evidence: dict[str, Any]) -> str:
+    """Where times were measured, if not on the CPU."""
+    if evidence["provider"] == "cpu":
+        return ""
+    return plain(f" (by ONNX Runtime's {evidence['provider']} provider on {evidence['gpu']})")
+
+
 def measured_table(evidence: dict[str, Any], chosen: dict[str, Any]) -> str:
     """Reference and shipped model side by side."""
     reference = evidence["reference"]
@@ -407,10 +418,17 @@ def measured_table(evidence: dict[str, Any], chosen: dict[str, Any]) -> str:
 
 
 def gates_table(evidence: dict[str, Any], candidate: str) -> str:
-    """The gates of the shipped model."""
+    """The gates of the shipped model, on every provider that it was measured on."""
     head = ["| gate | verdict | found |", "| --- | --- | --- |"]
-    gates = [gate for gate in evidence["gates"] if gate["subject"] == candidate]
-    return "\n".join([*head, *(f"| {gate['name']} | {gate['verdict']} | {plain(gate['message'])} |" for gate in gates)])
+    names = {candidate: ""} | {
+        run["name"]: f" on {run['provider']}" for run in evidence["other_runs"] if run["candidate"] == candidate
+    }
+    rows = [
+        f"| {gate['name']}{names[gate['subject']]} | {gate['verdict']} | {plain(gate['message'])} |"
+        for gate in evidence["gates"]
+        if gate["subject"] in names
+    ]
+    return "\n".join([*head, *rows])
 
 
 def engines_table(evidence: dict[str, Any]) -> str:

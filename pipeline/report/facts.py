@@ -181,6 +181,19 @@ class Facts:
         return found
 
     @cached_property
+    def other_runs(self) -> list[Candidate]:
+        """The candidates on the providers that do not decide, and the engines that ran on the GPU here."""
+        validated = self.measured("validate")
+        items = [*records(validated.get("other_runs")), *records(validated.get("engine_runs"))]
+        return [candidate_from(item, {}, None) for item in items]
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that the candidates' numbers are of, where it is not the CPU's."""
+        provider = str(self.measured("validate").get("provider") or "cpu")
+        return "" if provider == "cpu" else provider
+
+    @cached_property
     def engines(self) -> list[Engine]:
         """The engines that are shipped, as validate listed them."""
         return [

@@ -179,7 +179,10 @@ def candidates_section(facts: Facts) -> Html:
         samples = number(validated.get("samples"))
         objective = f" Chosen for {validated['objective']}." if validated.get("objective") else ""
         measured = f"Measured on {samples:,.0f} held-out examples" if samples else "Measured on held-out examples"
-        hint = f"{measured}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
+        where = f", times on {facts.provider}" if facts.provider else ""
+        hint = f"{measured}{where}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
+        if facts.other_runs:
+            hint += " Speed elsewhere is against PyTorch on the same device."
         parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
     if facts.unearned:
         items = [element("li", element("strong", name), f": {reason}") for name, reason in facts.unearned]
@@ -279,7 +282,7 @@ def candidate_table(facts: Facts) -> Html:
             format_bytes(number(reference.get("size_bytes"))),
         ]
         rows.append(row("PyTorch (reference)", "fp32", values, Html("")))
-    for item in facts.candidates:
+    for item in [*facts.candidates, *facts.other_runs]:
         difference = join(
             [format_points(item.difference), element("div", format_interval(item.interval), class_="sub")]
         )

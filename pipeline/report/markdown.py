@@ -93,7 +93,7 @@ def candidates(facts: Facts) -> str:
                 "",
             ]
         ]
-        for item in facts.candidates[:MAX_ROWS]:
+        for item in [*facts.candidates, *facts.other_runs][:MAX_ROWS]:
             name = markdown_text(item.name, 60)
             difference = format_points(item.difference) + (
                 f" ({format_interval(item.interval)})" if item.interval else ""
@@ -117,7 +117,9 @@ def candidates(facts: Facts) -> str:
             "Candidate", "Arithmetic", metric, "Difference (interval)", "Agreement", "p50", "p95", "Speed", "Size",
             "Gates",
         )  # fmt: skip
-        parts.append("### Candidates\n\n" + table(heads, rows, range(2, 9)))
+        parts.append(
+            f"### Candidates{f' on {facts.provider}' if facts.provider else ''}\n\n" + table(heads, rows, range(2, 9))
+        )
     if facts.engines:
         rows = [
             [

@@ -95,7 +95,7 @@ def test_every_candidate_is_measured_on_every_provider_and_the_first_decides(
     monkeypatch.setitem(PROVIDERS, "cuda", CPU)
     monkeypatch.setitem(DEVICES, "cuda", "cpu")
     config = ValidateConfig.model_validate({"latency_calls": 20, "gates": GATES, "providers": ["cuda", "cpu"]})
-    result = Validate().run(context_of(tmp_path, made()), config)
+    result = Validate().run(context_of(tmp_path, made(TEXT), TEXT), config)
     evidence, failed = measured(result)
     assert not failed
     names = ["onnx-fp32", "onnx-fp16", "onnx-int8-dynamic"]
@@ -115,7 +115,7 @@ def test_what_a_provider_does_not_run_or_answers_wrongly_fails_there(
     monkeypatch.setitem(PROVIDERS, "cuda", STAND_IN)
     monkeypatch.setitem(DEVICES, "cuda", "cpu")
     config = ValidateConfig.model_validate({"latency_calls": 20, "gates": GATES, "providers": ["cpu", "cuda"]})
-    evidence, failed = measured(Validate().run(context_of(tmp_path, made()), config))
+    evidence, failed = measured(Validate().run(context_of(tmp_path, made(TEXT), TEXT), config))
     assert {("comparable outputs", "onnx-int8-dynamic on cuda"), ("SQNR", "onnx-fp16 on cuda")} <= failed
     assert {subject for _, subject in failed} == {"onnx-int8-dynamic on cuda", "onnx-fp16 on cuda"}
     problems = {one["name"]: one["problem"] for one in evidence["other_runs"]}
