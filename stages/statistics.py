@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+
+POWER_FACTOR = 8.56
+"""(z.95 + z.90)² = (1.645 + 1.282)²: one-sided α = .05 and 90 % power."""
+FLIPLESS_FACTOR = 2.706
+"""z.95²: of samples without a flip Tango's bound is z² / (n + z²)."""
 
 
 def tango_interval(gained: int, lost: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -74,6 +80,56 @@ def paired_interval(found: np.ndarray, wanted: np.ndarray, confidence: float = 0
     return mean - reach, mean + reach
 
 
+def drop_p_value(found: np.ndarray, wanted: np.ndarray, margin: float) -> float:
+    """Of the hypothesis that the mean of `wanted` − `found`, two scores of each sample, is at most `margin`: small
+    where a larger drop is shown. By the test that `paired_interval` inverts; 1 for one sample.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    import numpy as np
+    from scipy.stats import norm, t
+
+    if (are_binary(found) and are_binary(wanted)) or bool((found == wanted).all()):
+        counts = int((found > wanted).sum()), int((wanted > found).sum()), len(found)
+        if counts[2] == 0:
+            raise ValueError("there are no samples")
+        return float(norm.cdf(_tango_score(*counts, -min(margin, 1 - 1e-9))))
+    if len(found) == 1:
+        return 1.0
+    differences = found - wanted
+    error = float(np.std(differences, ddof=1)) / math.sqrt(len(found))
+    distance = float(differences.mean()) + margin
+    if error == 0:
+        return float(distance >= 0)
+    return float(t.cdf(distance / error, len(found) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979, Scandinavian Journal of Statistics 6:65–70): to reject what is below α keeps the
+    chance of one wrong rejection among all below α, whatever their dependence."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda one: p_values[one])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def clopper_pearson(count: int, samples: int, alpha: float = 0.05) -> tuple[float, float]:
+    """Both one-sided exact bounds of a share, each at level `alpha` (Clopper and Pearson 1934, Biometrika 26:404–413).
+
+    Raises:
+        ValueError: there are no samples, or more counted than there are.
+    """
+    from scipy.stats import beta
+
+    if not 0 <= count <= samples or samples < 1:
+        raise ValueError(f"expected 0 ≤ count ≤ samples and samples > 0, found {count} and {samples}")
+    low = float(beta.ppf(alpha, count, samples - count + 1)) if count else 0.0
+    high = float(beta.ppf(1 - alpha, count + 1, samples - count)) if count < samples else 1.0
+    return low, high
+
+
 def are_binary(scores: np.ndarray) -> bool:
     """Whether every score is 0 or 1."""
     return bool(((scores == 0) | (scores == 1)).all())
@@ -91,7 +147,19 @@ def smallest_visible_drop(found: np.ndarray, wanted: np.ndarray) -> float:
     samples = len(found)
     variance = float(np.square(found - wanted).mean())
     alike = bool((found == wanted).all()) or (are_binary(found) and are_binary(wanted))
-    return min(1.0, math.sqrt(8.56 * max(variance, 3 / samples if alike else 0.0) / samples))
+    return min(1.0, math.sqrt(POWER_FACTOR * max(variance, 3 / samples if alike else 0.0) / samples))
+
+
+def samples_needed(variance: float, margin: float) -> int | None:
+    """How many samples a paired non-inferiority test takes to prove that a drop is at most `margin`, at α = .05 and
+    with 90 % power where there is none: 8.56 · `variance` / margin². `variance` is that of the paired differences of
+    scores (of right and wrong answers the share that flips). Even without a flip Tango's bound must come below the
+    margin. None for a margin of 0, which no number of samples proves.
+    """
+    if margin <= 0:
+        return None
+    flipless = FLIPLESS_FACTOR * max(1 - margin, 0.0) / margin
+    return max(1, math.ceil(POWER_FACTOR * variance / margin**2), math.ceil(flipless))
 
 
 @dataclass(frozen=True)
