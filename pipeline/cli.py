@@ -421,6 +421,30 @@ def show(
         print_description(description)
 
 
+@app.command("report", help="The report of a run in another form, on standard output: what CI shows.")
+def print_report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="markdown (a job summary or a comment), github (annotations), json, junit, html or in-toto.",
+        ),
+    ] = "markdown",
+) -> None:
+    """Render the record of a run; a run that failed is reported as well."""
+    from pipeline.record import read_run
+    from pipeline.report import FORMATS, render
+
+    known = {str(one): one for one in FORMATS}
+    if form not in known:
+        raise ConfigError([Problem("--format", f"{form!r} is no form of a report", f"one of {', '.join(known)}")])
+    text = render(read_run(run), known[form])
+    if not text:
+        raise ConfigError([Problem(str(run), f"has nothing that a report as {form} could be about", "run validate")])
+    echo(text.removesuffix("\n"))
+
+
 @app.command()
 def doctor(
     edge: Annotated[bool, typer.Option("--edge", help="Only what predict and verify need.")] = False,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from models.errors import ConfigError, Problem
 from stages.artifact import Artifact
 
 RunStatus = Literal["passed", "failed", "gate-failed", "interrupted"]
@@ -47,6 +48,22 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The record of the run in a folder (or of the `run.json` named itself).
+
+    Raises:
+        ConfigError: there is none, or it is none.
+    """
+    file = path / "run.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError([Problem(str(path), "holds no run", "expected the folder of a run, with its run.json")])
+    record = read_json(file)
+    if not isinstance(record, dict) or "stages" not in record:
+        hint = "run the pipeline there again: it writes the record anew"
+        raise ConfigError([Problem(str(file), "is not the record of a run", hint)])
+    return record
 
 
 def gist_of(record: Any) -> Any:

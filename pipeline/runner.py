@@ -395,12 +395,12 @@ class Runner:
         }
 
     def write_run(self, status: RunStatus) -> None:
-        """Write `run.json`, `report.html`, `report.md` and `junit.xml`, unless they say the same already."""
+        """Write `run.json` and the reports beside it, unless they say the same already."""
         from pipeline.report import write_reports
 
         record, file = self.run_record(status), self.run_dir / "run.json"
         ran = any(entry.status not in ("not-run", "fresh") for entry in self.entries.values())
-        if not ran and (self.run_dir / "report.html").exists() and gist_of(read_json(file)) == gist_of(record):
+        if not ran and (self.run_dir / "report.json").exists() and gist_of(read_json(file)) == gist_of(record):
             return
         with translated_system_errors("report", self.run_dir):
             write_json(file, record)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError, Problem
-from pipeline.record import read_json
+from pipeline.record import read_run
 from stages.artifact import Artifact, read_artifact, verify_files
 
 
@@ -18,11 +18,7 @@ def describe(path: Path) -> dict[str, Any]:
         IntegrityError: a bundle does not verify.
     """
     if (path / "run.json").is_file():
-        record = read_json(path / "run.json")
-        if not isinstance(record, dict) or "stages" not in record:
-            hint = "run the pipeline there again: it writes the record anew"
-            raise ConfigError([Problem(str(path / "run.json"), "is not the record of a run", hint)])
-        return {"kind": "run", "path": str(path), **record}
+        return {"kind": "run", "path": str(path), **read_run(path)}
     artifact = read_artifact(path.name, path)
     if artifact:
         manifest = {key: value for key, value in artifact.manifest.items() if key != "key_parts"}

@@ -128,10 +128,11 @@ class Facts:
 
     @cached_property
     def gates(self) -> list[GateFact]:
-        """All gates, in the order of the stages."""
-        return [
+        """All gates in the order of the stages, but those that did not pass first, and of them the worst first."""
+        found = [
             gate_fact(str(stage.get("name")), gate) for stage in self.stages for gate in records(stage.get("gates"))
         ]
+        return sorted(found, key=excess_of, reverse=True)
 
     @cached_property
     def failed_gates(self) -> list[GateFact]:
@@ -346,3 +347,19 @@ def candidate_from(item: Mapping[str, Any], reference: Mapping[str, Any], chosen
         chosen=chosen is not None and item.get("name") == chosen,
         numbers=dict(item),
     )
+
+
+def excess_of(gate: GateFact) -> float:
+    """How far a gate that did not pass lies beyond its threshold, as a share of the threshold.
+
+    Infinite where nothing was measured and where the threshold is zero; 0 for what lies within it and did not pass all
+    the same (inconclusive); −1 for what passed.
+    """
+    if gate.passed:
+        return -1.0
+    if gate.measured is None or gate.threshold is None:
+        return math.inf
+    beyond = gate.measured - gate.threshold if gate.direction == "at most" else gate.threshold - gate.measured
+    if beyond <= 0:
+        return 0.0
+    return beyond / abs(gate.threshold) if gate.threshold else math.inf

@@ -22,28 +22,53 @@ from pipeline.report.formats import (
 from pipeline.report.markup import clean, markdown_text, shorten
 
 MAX_CHARACTERS = 64_000
-"""GitHub takes 65,536 characters in a comment and 1 MiB in a job summary."""
-MAX_ROWS = 60
+"""GitHub takes 65,536 characters in a comment and 1 MiB in a job summary: this fits both, with a marker of the
+action's before it."""
+SHARE = MAX_CHARACTERS // 3
+"""The most that the candidates may take, and the gates: so many of either leave room for the other."""
+CUT = "\n\n_{} more in report.html._"
 BADGES = {"pass": "✅", "fail": "❌", "partial": "🟡"}
 
 
 def render_markdown(run: dict[str, Any]) -> str:
     """The report of a run (`run.json`) as GitHub Markdown of at most `MAX_CHARACTERS` characters.
 
-    Sections that do not fit are left out from the end, and a line says so.
+    A section that does not fit is cut at its end, where what matters least stands, and says how much is left out.
     """
     facts = Facts(run)
     title = f"## {BADGES[facts.verdict]} {markdown_text(facts.headline, 200)}"
     parts = [title, explanation(facts), counted(facts)]
-    left_out = "_Some tables did not fit here; they are in report.html._"
-    length = sum(len(part) + 2 for part in parts)
-    for part in (candidates(facts), gates(facts), training(facts), stages(facts), lineage(facts)):
-        if length + len(part) + len(left_out) + 8 > MAX_CHARACTERS:
-            parts.append(left_out)
-            break
-        parts.append(part)
-        length += len(part) + 2
+    first = [cut(section, SHARE) for section in (candidates(facts), gates(facts))]
+    for part in (*first, training(facts), stages(facts), lineage(facts)):
+        taken = sum(len(one) + 2 for one in parts)
+        parts.append(cut(part, MAX_CHARACTERS - taken - 2))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def cut(section: str, room: int) -> str:
+    """The first lines of a section that fit into `room` characters, and how many entries (table rows, items) do not."""
+    if len(section) <= room:
+        return section
+    lines, end = section.split("\n"), "\n\n</details>"
+    entries, kept = entries_of(lines), 0
+    left = room - len(end) - len(CUT.format(len(lines)))
+    while (left := left - len(lines[kept]) - 1) >= 0:
+        kept += 1
+    while kept and not entries[kept - 1]:
+        kept -= 1  # a heading or the head of a table says nothing alone
+    opened = "</details>" not in lines[:kept] and any(line.startswith("<details>") for line in lines[:kept])
+    note = CUT.format(sum(entries[kept:]))
+    text = "\n".join(lines[:kept]) + end * opened + note
+    return text.strip() if len(text) <= room else ""
+
+
+def entries_of(lines: Sequence[str]) -> list[bool]:
+    """Which lines are entries: rows below the head of a table, items, sentences."""
+    rules = [*(line.startswith(("| --- |", "| ---: |")) for line in lines), False]
+    return [
+        bool(line) and not line.startswith(("#", "<")) and not rules[index] and not rules[index + 1]
+        for index, line in enumerate(lines)
+    ]
 
 
 def explanation(facts: Facts) -> str:
@@ -93,7 +118,7 @@ def candidates(facts: Facts) -> str:
                 "",
             ]
         ]
-        for item in [*facts.candidates, *facts.other_runs][:MAX_ROWS]:
+        for item in [*facts.candidates, *facts.other_runs]:
             name = markdown_text(item.name, 60)
             difference = format_points(item.difference) + (
                 f" ({format_interval(item.interval)})" if item.interval else ""
@@ -130,18 +155,18 @@ def candidates(facts: Facts) -> str:
                 f"{BADGES['pass' if one.proven else 'partial']} {one.status}",
                 markdown_text(one.mends, 120),
             ]
-            for one in facts.engines[:MAX_ROWS]
+            for one in facts.engines
         ]
         parts.append(
             "### Engines\n\n" + table(("Target", "Engine", "Library", "Size", "On the device", "Mended"), rows, (3,))
         )
     parts += [
         f"**{markdown_text(name, 60)}** does not earn its place here: {markdown_text(reason, 300)}"
-        for name, reason in facts.unearned[:10]
+        for name, reason in facts.unearned
     ]
     parts += [
         f"Left out by {stage}: **{markdown_text(name, 60)}**: {markdown_text(reason, 300)}"
-        for stage, name, reason in facts.left_out[:10]
+        for stage, name, reason in facts.left_out
     ]
     return "\n\n".join(parts)
 
@@ -172,10 +197,9 @@ def gate_table(facts: Facts, passed: bool) -> str:
             markdown_text(f"{gate.direction} {format_number(gate.threshold, 4)} {gate.unit}", 60),
             markdown_text(gate.message, 100),
         ]
-        for gate in chosen[:MAX_ROWS]
+        for gate in chosen
     ]
-    more = f"\n\nand {len(chosen) - MAX_ROWS} more" if len(chosen) > MAX_ROWS else ""
-    return table(("", "Gate", "Subject", "Stage", "Measured", "Threshold", "Finding"), rows, (4,)) + more
+    return table(("", "Gate", "Subject", "Stage", "Measured", "Threshold", "Finding"), rows, (4,))
 
 
 def training(facts: Facts) -> str:
@@ -211,7 +235,7 @@ def stages(facts: Facts) -> str:
     ]
     notes = [f"- {markdown_text(source, 40)}: {markdown_text(note, 300)}" for source, note in facts.notes]
     text = "### Stages\n\n" + table(("Stage", "Status", "Time", "Peak memory", "Why"), rows, (2, 3))
-    return text + ("\n\n" + "\n".join(notes[:30]) if notes else "")
+    return text + ("\n\n" + "\n".join(notes) if notes else "")
 
 
 def lineage(facts: Facts) -> str:

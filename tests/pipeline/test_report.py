@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.report import run_schema, validate_run, write_reports
+from pipeline.report import FILES, run_schema, validate_run, write_reports
 from pipeline.report.facts import Facts
 from pipeline.report.html import render_html
 from pipeline.report.junit import render_junit
@@ -444,9 +444,9 @@ def test_junit_names_of_a_suite_are_unique() -> None:
 # --- files and schema -----------------------------------------------------------------------------
 
 
-def test_write_reports_writes_three_files_and_nothing_else(tmp_path: Path) -> None:
+def test_write_reports_writes_its_files_and_nothing_else(tmp_path: Path) -> None:
     write_reports(passing_run(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["junit.xml", "report.html", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES.values())
 
 
 def test_failed_write_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +460,7 @@ def test_failed_write_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left"):
         write_reports(gate_failed_run(), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == len(FILES)
 
 
 @pytest.mark.parametrize("run", [passing_run(), broken_run(), gate_failed_run()], ids=["passed", "broken", "gate"])
