@@ -35,6 +35,7 @@ def training_section(facts: Facts) -> Html:
             element("p", summary(measured), class_="hint"),
             *(element("p", shorten(one, 600)) for one in sequence(measured.get("advice"))),
             element("div", *epochs, class_="pair"),
+            quantization_table(measured),
             cost_table(measured),
             ladder_table(measured),
             element("div", *curves, class_="pair") if curves else Html(""),
@@ -111,6 +112,34 @@ def metric_plot(history: Sequence[dict[str, Any]], measured: dict[str, Any]) -> 
         series, text, lambda value: f"{100 * value:.1f}%", "epoch", rules, number(measured.get("best_epoch"))
     )
     return element("figure", element("h3", f"Validation {name}"), chart)
+
+
+def quantization_table(measured: dict[str, Any]) -> Html:
+    """What INT8 costs with and without quantization-aware training, simulated on the validation split."""
+    aware = mapping(measured.get("quantization_aware"))
+    if not aware:
+        return Html("")
+    rows = []
+    for name, key in (("floating point", "float_metric"), ("INT8 in every layer", "int8_metric")):
+        pair = [number(mapping(aware.get(key)).get(when)) for when in ("before", "after")]
+        values = (element("td", format_percent(value), class_="number") for value in pair)
+        rows.append(element("tr", element("td", name), *values))
+    if diverged := aware.get("diverged"):
+        outcome = f"It diverged, and the network from before is kept: {diverged}"
+    elif aware.get("kept") is True:
+        outcome = (
+            f"{aware.get('epochs')} epochs with INT8 rounding in the forward pass; the network from after is kept."
+        )
+    else:
+        outcome = "INT8 gained nothing by it; the network from before is kept."
+    heads = ("", "Without", "With")
+    return join(
+        [
+            element("h3", "Quantization-aware training"),
+            table(f"Validation {metric_of(measured)} by quantization-aware training", heads, rows, numeric=(1, 2)),
+            element("p", shorten(outcome, 400), class_="hint"),
+        ]
+    )
 
 
 def cost_table(measured: dict[str, Any]) -> Html:

@@ -30,6 +30,8 @@ def notes_of(measured: dict[str, Any]) -> Iterator[str]:
             f"against the probe {Gain(**gain)} for {seconds['training']:.0f} s of training; the probe took "
             f"{seconds['frozen']:.0f} s"
         )
+    if measured["quantization_aware"]:
+        yield quantization_of(measured)
     yield from cost_of(measured)
     yield from comparisons_of(measured)
     raw = measured["against_raw"]
@@ -71,6 +73,21 @@ def cost_of(measured: dict[str, Any]) -> Iterator[str]:
     if actual["peak_memory_bytes"] and estimated["peak_memory_bytes"]:
         line += f"; memory {actual['peak_memory_bytes'] / 1e9:.2f} GB, {estimated['peak_memory_bytes'] / 1e9:.2f} GB"
     yield line
+
+
+def quantization_of(measured: dict[str, Any]) -> str:
+    """What training with INT8 rounding gave."""
+    aware, metric = measured["quantization_aware"], measured["metric"]
+    if aware["diverged"]:
+        return f"quantization-aware training diverged, the network from before is kept: {aware['diverged']}"
+    int8, floats = aware["int8_metric"], aware["float_metric"]
+    line = (
+        f"quantization-aware training (epochs: {aware['epochs']}): {metric} in INT8, simulated, from "
+        f"{int8['before']:.4f} to {int8['after']:.4f}"
+    )
+    if not aware["kept"]:
+        return f"{line}: that gained nothing, the network from before is kept"
+    return f"{line}; in floating point from {floats['before']:.4f} to {floats['after']:.4f}"
 
 
 def comparisons_of(measured: dict[str, Any]) -> Iterator[str]:

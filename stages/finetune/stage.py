@@ -41,6 +41,7 @@ class Finetune:
         """Probe, then train where the strategy asks for it."""
         from stages.finetune.advice import advise, note_on_batches
         from stages.finetune.ladder import climb
+        from stages.finetune.quantization import describe, train_for_int8
         from stages.finetune.setup import build, seed_everything, with_frozen_result
         from stages.finetune.strategies import make_attempt
         from stages.finetune.transfer import compare_with_direct, compare_with_raw, compare_with_scratch
@@ -62,13 +63,17 @@ class Finetune:
             attempt, rungs = climb(setup, context.resume)
         else:
             attempt = make_attempt(strategy, setup, context.resume)
+        strategys, aware = attempt, None  # the comparisons are between strategies
+        if config.quantization_aware.epochs:
+            attempt, aware = train_for_int8(attempt, setup, context.resume / "int8")
         save(attempt, setup)
         measurements = describe_result(attempt, rungs, setup)
+        measurements["quantization_aware"] = describe(aware)
         measurements["against_raw"] = (
             {"curve": raw.curve, "gain": vars(raw.gain), "warning": raw.warning} if raw else None
         )
-        measurements["against_scratch"] = compare_with_scratch(setup, attempt, context.resume)
-        measurements["against_direct"] = compare_with_direct(setup, attempt, context.resume)
+        measurements["against_scratch"] = compare_with_scratch(setup, strategys, context.resume)
+        measurements["against_direct"] = compare_with_direct(setup, strategys, context.resume)
         measurements["advice"] = advise(measurements)
         # Without the seconds: the same training gives the same bytes, so nothing that follows runs again.
         epochs = [{key: entry[key] for key in entry if key != "seconds"} for entry in attempt.history]
@@ -166,7 +171,8 @@ def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult,
     """The stage's gates."""
     found, probe = measured["validation_metric"], measured["probe_validation_metric"]
     constant, samples, metric = measured["constant_baseline"], measured["samples"]["validation"], measured["metric"]
-    trained = measured["strategy"] != "feature-extraction"
+    aware = measured["quantization_aware"]
+    trained = measured["strategy"] != "feature-extraction" or bool(aware)
     # A rare class leaves little room: half of it must be enough, or a perfect network fails.
     threshold = min(constant + config.min_gain_over_majority, (1 + constant) / 2)
     gates = [
@@ -175,7 +181,7 @@ def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult,
         )
     ]
     if trained:
-        diverged = measured["diverged"]
+        diverged = measured["diverged"] or (aware and aware["diverged"])
         finite = Gate("training stays finite", "at most", 0.0, "losses that are NaN or infinite")
         gates.insert(0, finite.check("network", float(bool(diverged)), detail=diverged or ""))
     if trained and probe is not None:
@@ -191,5 +197,10 @@ def check(measured: dict[str, Any], config: FinetuneConfig) -> tuple[GateResult,
             Gate("not below where it started", "at least", floor, metric).check(
                 "network", found, samples, f"{given['kind']} gives {given['validation_metric']:.3f}"
             )
+        )
+    if aware:
+        floor = aware["float_metric"]["before"] - config.max_drop_from_probe
+        gates.append(
+            Gate("not below where INT8 training started", "at least", floor, metric).check("network", found, samples)
         )
     return tuple(gates)

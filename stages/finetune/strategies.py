@@ -173,9 +173,18 @@ STRATEGIES: dict[Strategy, Callable[[Strategy, Setup, Path], Attempt]] = {
 
 
 def train_once(
-    strategy: Strategy, network: Any, setup: Setup, rates: Rates, folder: Path, epochs: int | None = None
+    strategy: Strategy,
+    network: Any,
+    setup: Setup,
+    rates: Rates,
+    folder: Path,
+    epochs: int | None = None,
+    hold_batchnorm: bool = False,
 ) -> Trained:
-    """One training of what has gradients; divergence is said aloud and is a result, not an error."""
+    """One training of what has gradients; divergence is said aloud and is a result, not an error.
+
+    `hold_batchnorm`: also where the strategy lets its statistics move.
+    """
     from models.classifier import Classifier
     from stages.finetune.training import Diverged, Trained, TrainingPlan, train
 
@@ -189,7 +198,7 @@ def train_once(
         patience=config.patience,
         precision=config.precision,
         augment=config.augment,
-        hold_batchnorm=setup.holds_batchnorm(strategy),
+        hold_batchnorm=hold_batchnorm or setup.holds_batchnorm(strategy),
         workers=default_workers(context.device) if config.workers is None else config.workers,
         seed=context.seed,
         processes=config.launch.count,

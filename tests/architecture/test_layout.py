@@ -28,7 +28,10 @@ HEAVY = {
 }  # fmt: skip
 """Libraries that take longer to import than a person waits for an error message."""
 
-NETWORK_MODULES = {"models/backbones/from_hf.py", "models/backbones/from_timm.py", "models/classifier.py"}
+NETWORK_MODULES = {
+    "models/backbones/from_hf.py", "models/backbones/from_timm.py", "models/classifier.py",
+    "models/fake_quantization.py",
+}  # fmt: skip
 """Modules that define torch modules: imported only where a network is built."""
 
 EDGE_MODULES = (

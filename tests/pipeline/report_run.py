@@ -208,6 +208,10 @@ def passing_run() -> dict[str, Any]:
             {"examples": 1000, "tuned": 0.8612, "scratch": 0.71,
              "gain": {"difference": 0.1512, "low": 0.12, "high": 0.18, "confidence": 0.95}},
         ],
+        "quantization_aware": {
+            "epochs": 1, "learning_rate": 2e-5, "layers": 50, "kept": True, "history": [], "diverged": None,
+            "float_metric": {"before": 0.8612, "after": 0.8604}, "int8_metric": {"before": 0.7957, "after": 0.8391},
+        },
         "learning_rate_test": {
             "curve": [[0.01, 2.3], [0.1, 1.9], [1.0, 0.8], [10.0, 1.7]], "lowest": 1.0, "proposed": 0.1, "warning": "",
         },

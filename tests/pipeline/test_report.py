@@ -133,6 +133,20 @@ def test_the_page_shows_what_int8_costs_and_what_is_really_in_it() -> None:
         assert "not earn" in report and "0.15× at least" in report
 
 
+def test_quantization_aware_training_is_shown_with_and_without() -> None:
+    run = passing_run()
+    finetune = next(stage for stage in run["stages"] if stage["name"] == "finetune")
+    text = Page(render_html(run)).text
+    assert "Quantization-aware training" in text
+    assert "79.6%" in text and "83.9%" in text and "86.1%" in text and "86.0%" in text
+    assert "Epochs with INT8 rounding: 1" in text
+    aware = finetune["measurements"]["quantization_aware"]
+    aware["kept"] = False
+    assert "INT8 gained nothing by it" in Page(render_html(run)).text
+    aware["diverged"] = "the loss is nan"
+    assert "It diverged" in Page(render_html(run)).text
+
+
 def test_a_run_without_those_measurements_shows_none_of_it() -> None:
     run = passing_run()
     finetune = next(stage for stage in run["stages"] if stage["name"] == "finetune")
@@ -145,6 +159,7 @@ def test_a_run_without_those_measurements_shows_none_of_it() -> None:
         "learning_rate_test",
         "forgetting",
         "gain_over_probe",
+        "quantization_aware",
     ):
         finetune["measurements"][key] = None
     page = Page(render_html(run))
@@ -156,6 +171,7 @@ def test_a_run_without_those_measurements_shows_none_of_it() -> None:
         "Against training",
         "Learning rate test",
         "each layer learned",
+        "Quantization-aware",
     ):
         assert part not in page.text
     assert "Validation accuracy" in page.text
