@@ -409,6 +409,20 @@ def test_an_engine_is_named_with_what_proves_it(status: str) -> None:
     assert headline.startswith("Ready to ship") and ("sm86 UNPROVEN" in headline) is (status == "UNPROVEN")
 
 
+def test_runs_on_other_providers_and_of_engines_stand_beside_the_candidates() -> None:
+    run = passing_run()
+    measured = run["stages"][4]["measurements"]
+    other = candidate("onnx-fp16 on cuda", "fp16", 0.8, 0.1, 3.0, 10) | {"provider": "cuda", "candidate": "onnx-fp16"}
+    engine = candidate("onnx-fp16.sm86 on sm86", "fp16", 0.8, 0.1, 2.0, 10) | {"provider": "engine"}
+    measured |= {"provider": "tensorrt-rtx", "gpu": "a GPU", "other_runs": [other], "engine_runs": [engine]}
+    assert validate_run(run) == []
+    html, markdown, _, _ = render_all(run)
+    for report in (Page(html).text, markdown):
+        assert "onnx-fp16 on cuda" in report and "onnx-fp16.sm86 on sm86" in report
+        assert "on tensorrt-rtx" in report  # whose numbers the candidates' are
+    assert len(Facts(run).candidates) == len(Facts(passing_run()).candidates)
+
+
 def test_markdown_fits_a_comment_whatever_the_run_holds() -> None:
     run = passing_run()
     run["stages"][4]["gates"] = [gate("&" * 200, "<" * 200, 1.0, "at most", 0.0, "@" * 50) for _ in range(5000)]

@@ -19,7 +19,16 @@ from models.modalities.text import TextProcessing
 from models.modalities.vision import ImageProcessing
 from stages.artifact import Artifact, sha256_of_file, write_json
 from stages.data.splits import Example
-from stages.package import Package, PackageConfig, default_name, golden_examples, plain, write_sample
+from stages.package import (
+    Package,
+    PackageConfig,
+    default_name,
+    gates_table,
+    golden_examples,
+    on_provider,
+    plain,
+    write_sample,
+)
 from tests.models.tiny import edit_json, png, tokenizer_json
 from tests.stages.chain import LABELS, artifact_of, context_of, packed, test_split, validated
 
@@ -129,6 +138,23 @@ def test_the_card_says_how_good_it_is_and_by_which_evidence() -> None:
     chosen = next(one for one in evidence["candidates"] if one["name"] == evidence["chosen"])
     for part in (f"{chosen['metric']:.4f}", "48 held-out samples", "pipeline verify", "0. a", "| agreement |"):
         assert part in card
+
+
+def test_the_bundle_names_the_provider_that_its_times_are_of() -> None:
+    with open_bundle(packed() / "bundle") as opened:
+        assert {one["provider"] for one in opened.manifest["models"].values()} == {"cpu"}
+    evidence = {"provider": "cuda", "gpu": "a GPU (compute capability 8.6)"}
+    assert on_provider(evidence) == " (by ONNX Runtime's cuda provider on a GPU (compute capability 8.6))"
+    gates = [
+        {"name": "agreement", "subject": subject, "verdict": "pass", "message": "1 is at least .99"}
+        for subject in ("onnx-fp16", "onnx-fp16 on cpu", "onnx-fp32 on cpu")
+    ]
+    runs = [{"name": f"{name} on cpu", "candidate": name, "provider": "cpu"} for name in ("onnx-fp16", "onnx-fp32")]
+    table = gates_table({"gates": gates, "other_runs": runs}, "onnx-fp16")
+    assert table.splitlines()[2:] == [
+        "| agreement | pass | 1 is at least .99 |",
+        "| agreement on cpu | pass | 1 is at least .99 |",
+    ]
 
 
 def test_hostile_names_do_no_harm_to_the_card(tmp_path: Path) -> None:
