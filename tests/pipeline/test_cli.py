@@ -197,6 +197,33 @@ def test_doctor_says_when_two_runtimes_break_each_other(monkeypatch: pytest.Monk
     assert doctor.examine_onnxruntime().mend.endswith("pip install onnxruntime")
 
 
+def test_doctor_says_which_providers_run_and_whether_engines_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline.doctor as doctor
+    from models.errors import MissingCapabilityError
+    from models.runtimes.gpu import Gpu
+    from stages.validate import providers
+
+    def required(names: list[str]) -> None:
+        if names == ["tensorrt-rtx"]:
+            raise MissingCapabilityError("it is not installed")
+
+    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
+    assert {one.state for one in doctor.examine_gpu_providers()} == {"absent"}
+    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(providers, "require_providers", required)
+    cuda, rtx = doctor.examine_gpu_providers()
+    assert (cuda.state, cuda.name) == ("ok", "cuda provider")
+    assert (rtx.state, rtx.message) == ("absent", "it is not installed") and "pip install" in rtx.mend
+    monkeypatch.setattr(doctor, "gpu_here", lambda: None)
+    assert doctor.examine_engines().state == "absent"
+    monkeypatch.setattr(doctor, "gpu_here", lambda: Gpu("a GPU", "8.6", 10**9))
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name == "tensorrt_rtx" or None)
+    assert doctor.examine_engines().message == "for sm86 on a GPU (compute capability 8.6)"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    missing = doctor.examine_engines()
+    assert missing.state == "absent" and missing.mend.startswith("pip install tensorrt-rtx-cu13")
+
+
 def test_a_runtime_without_its_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninstalling one of the two builds leaves a folder that imports and holds nothing."""
     import types

@@ -218,3 +218,13 @@ def test_engines_that_were_timed_here_are_chosen_by_their_time(objective: str, c
     engines[1]["receipts"] = {"sm86": {"kind": "receipt", "relative_error": 0.0, "latency_ms_p50": 1.0}}
     choose_engines(context, engines, ["small", "fast and large"], "latency")  # another device's time is no evidence
     assert [one["name"] for one in engines if one["ships_for"]] == ["small"]
+
+
+def test_an_engine_without_its_library_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, gpu = {"file": "engines/one.rtx.engine", "targets": ["sm86", "sm89"]}, Gpu("a GPU", "8.9", 10**9)
+    monkeypatch.setattr(engine_runs, "find_spec", lambda name: object())
+    assert engine_runs.target_here(entry, gpu) == "sm89"
+    assert engine_runs.target_here(entry | {"file": None}, gpu) is None  # it is to be built on its device
+    assert engine_runs.target_here(entry, None) is None
+    monkeypatch.setattr(engine_runs, "find_spec", lambda name: None)
+    assert engine_runs.target_here(entry, gpu) is None
