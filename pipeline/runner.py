@@ -48,6 +48,7 @@ from stages.base import Progress, Stage, StageContext, StageResult
 from stages.data.load import load_data
 from stages.data.splits import DataSplits
 from stages.environment import digest_of_code, versions_of
+from stages.gate import VERDICT_WORDS, outcome_of, stops
 from stages.validate.providers import require_providers
 
 FRESH = "configuration, inputs, data, versions and files are unchanged"
@@ -79,7 +80,7 @@ class Runner:
     @cached_property
     def data(self) -> DataSplits:
         """The data splits, read once; what was left out of them is said."""
-        data = load_data(self.config.data, self.config.task)
+        data = load_data(self.config.data, self.config.task, self.config.validate_.slices)
         for note in data.notes:
             self.log.warning("%-10s %s", "data", note)
         return data
@@ -175,10 +176,10 @@ class Runner:
             require_providers(self.config.validate_.providers)
 
     def failed_gate_on_disk(self, name: str) -> str:
-        """The first gate of a committed stage that did not pass; empty where all did."""
+        """The first gate of a committed stage that stops the run; empty where none does."""
         artifact = read_artifact(name, self.run_dir / name)
         gates = artifact.manifest["gates"] if artifact else []
-        return next((gate["name"] for gate in gates if gate["verdict"] != "pass"), "")
+        return next((gate["name"] for gate in gates if stops(gate)), "")
 
     def inputs_on_disk(self, stage: Stage) -> dict[str, Artifact]:
         """The committed artifacts among those that the stage consumes."""
@@ -232,13 +233,21 @@ class Runner:
                 shutil.rmtree(self.run_dir / SCRATCH / name, ignore_errors=True)
                 raise
             assert entry.artifact is not None
-            failed = [gate for gate in entry.artifact.manifest["gates"] if gate["verdict"] != "pass"]
-            for gate in failed:
-                self.log.error("%-10s gate %s failed for %s: %s", name, gate["name"], gate["subject"], gate["message"])
-            if failed:
+            gates = entry.artifact.manifest["gates"]
+            for gate in gates:
+                self.log_gate(name, gate)
+            if any(stops(gate) for gate in gates):
                 entry.status = "gate-failed"
                 return "gate-failed"
         return "passed"
+
+    def log_gate(self, stage: str, gate: Mapping[str, Any]) -> None:
+        """Say what is not a pass, and what becomes of it."""
+        if gate["verdict"] == "pass":
+            return
+        log, outcome = (self.log.error, "") if stops(gate) else (self.log.warning, f"; {outcome_of(gate)}")
+        log("%-10s gate %s %s for %s: %s%s", stage, gate["name"], VERDICT_WORDS[gate["verdict"]], gate["subject"],
+            gate["message"], outcome)  # fmt: skip
 
     def run_or_skip(self, stage: Stage, entry: StageEntry) -> None:
         """One stage: fresh, or run."""

@@ -8,6 +8,7 @@ from typing import Any
 from models.errors import ConfigError, Problem
 from pipeline.record import read_run
 from stages.artifact import Artifact, read_artifact, verify_files
+from stages.gate import outcome_of
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def print_gates(console: Any, gates: list[dict[str, Any]], indent: str) -> None:
     from rich.markup import escape
 
     for gate in gates:
-        line = f"{gate['verdict']}  {gate['name']} ({gate['subject']}): {gate['message']}"
+        outcome = f"; {found}" if (found := outcome_of(gate)) else ""
+        line = f"{gate['verdict']}  {gate['name']} ({gate['subject']}): {gate['message']}{outcome}"
         console.print(f"{indent}{escape(line)}", highlight=False, soft_wrap=True)
 
 

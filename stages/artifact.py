@@ -18,7 +18,7 @@ from typing import Any
 from models.errors import IntegrityError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from stages.base import (
     StageResult,
 )
 from stages.data.splits import SplitName
-from stages.gate import Gate, GateResult
+from stages.gate import Gate, GateResult, outcome_of
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -424,11 +424,17 @@ def gates_table(evidence: dict[str, Any], candidate: str) -> str:
         run["name"]: f" on {run['provider']}" for run in evidence["other_runs"] if run["candidate"] == candidate
     }
     rows = [
-        f"| {gate['name']}{names[gate['subject']]} | {gate['verdict']} | {plain(gate['message'])} |"
+        f"| {gate['name']}{names[gate['subject']]} | {gate['verdict']} | {plain(finding(gate))} |"
         for gate in evidence["gates"]
         if gate["subject"] in names
     ]
     return "\n".join([*head, *rows])
+
+
+def finding(gate: dict[str, Any]) -> str:
+    """What a gate found, and why one that did not pass stops nothing."""
+    outcome = outcome_of(gate)
+    return f"{gate['message']}; {outcome}" if outcome else str(gate["message"])
 
 
 def engines_table(evidence: dict[str, Any]) -> str:

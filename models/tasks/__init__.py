@@ -49,6 +49,8 @@ class Task(Protocol):
 
     metric: ClassVar[str]
     """The name of the metric: the mean of `scores`, 1 at best."""
+    further_metrics: ClassVar[Mapping[str, int]]
+    """The other metrics of the field by name: 1 where more is better, −1 where less is."""
     constant: ClassVar[str]
     """What the best answer that ignores its input is called."""
     fewest_labels: ClassVar[int]
@@ -98,6 +100,11 @@ class Task(Protocol):
 
     def more_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Other metrics of the field, by name; for the report."""
+        ...
+
+    def more_scores(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Those other metrics whose examples are each other's neighbours, of each example: float64 (examples,). Drawn
+        twice an example would find itself, so that nothing but these can be resampled."""
         ...
 
     def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:

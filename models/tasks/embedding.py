@@ -49,6 +49,7 @@ class Embedding:
     """
 
     metric: ClassVar[str] = "recall@1"
+    further_metrics: ClassVar[Mapping[str, int]] = {"recall@5": 1, "MAP@R": 1}
     constant: ClassVar[str] = "one point for all"
     fewest_labels: ClassVar[int] = 2
     reading: ClassVar[str] = (
@@ -114,6 +115,10 @@ class Embedding:
     def more_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Recall at 5; MAP@R, the mean average precision at R, the number of other examples with the same label
         (Musgrave et al. 2020)."""
+        return {name: float(found.mean()) for name, found in self.more_scores(outputs, targets).items()}
+
+    def more_scores(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """Both of each example."""
         import numpy as np
 
         others = np.unique(targets, return_inverse=True, return_counts=True)
@@ -129,7 +134,7 @@ class Embedding:
             recall[rows] = right[:, :5].any(axis=1)
             hits = right & (places <= wanted[rows, None])
             precision[rows] = (hits * right.cumsum(axis=1) / places).sum(axis=1) / wanted[rows].clip(1)
-        return {"recall@5": float(recall.mean()), "MAP@R": float(precision.mean())}
+        return {"recall@5": recall, "MAP@R": precision}
 
     def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether what is nearest in `outputs` is so in `others` too, or as good as (`SAME`): of several neighbours

@@ -26,6 +26,7 @@ class MultiLabel:
     """
 
     metric: ClassVar[str] = "samples F1"
+    further_metrics: ClassVar[Mapping[str, int]] = {"micro F1": 1, "macro F1": 1, "exact match": 1, "mAP": 1}
     constant: ClassVar[str] = "most frequent labels"
     fewest_labels: ClassVar[int] = 1
     reading: ClassVar[str] = (
@@ -98,6 +99,10 @@ class MultiLabel:
         if seen.any():
             found["mAP"] = float(average_precision_score(true[:, seen], outputs[:, seen], average="macro"))
         return found
+
+    def more_scores(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """None: what an example scores does not depend on the others."""
+        return {}
 
     def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether both give the same labels."""

@@ -27,6 +27,7 @@ class Regression:
     """
 
     metric: ClassVar[str] = "R²"
+    further_metrics: ClassVar[Mapping[str, int]] = {"MAE": -1, "RMSE": -1, "Pearson": 1, "Spearman": 1}
     constant: ClassVar[str] = "mean of the training numbers"
     fewest_labels: ClassVar[int] = 1
     reading: ClassVar[str] = "The number itself, in the unit of the training data."
@@ -89,6 +90,10 @@ class Regression:
             metrics["Pearson"] = float(pearsonr(found, true).statistic)
             metrics["Spearman"] = float(spearmanr(found, true).statistic)
         return metrics
+
+    def more_scores(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """None: what an example scores does not depend on the others."""
+        return {}
 
     def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether both numbers differ by less than `SAME` of the spread of `others`."""

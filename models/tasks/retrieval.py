@@ -35,6 +35,11 @@ class Retrieval:
     """
 
     metric: ClassVar[str] = "recall@1"
+    further_metrics: ClassVar[Mapping[str, int]] = {
+        "recall@1 image to text": 1,
+        "recall@1 text to image": 1,
+        "recall@5": 1,
+    }
     constant: ClassVar[str] = "one answer for all"
     fewest_labels: ClassVar[int] = 0
     reading: ClassVar[str] = (
@@ -100,14 +105,20 @@ class Retrieval:
 
     def more_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Recall at 1 of each way, and at 5 of both."""
+        return {name: float(found.mean()) for name, found in self.more_scores(outputs, targets).items()}
+
+    def more_scores(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """All of them, of each pair."""
         import numpy as np
 
         near, own = similarities(outputs), targets[:, None] == targets[None]
         ways = {"image to text": near, "text to image": near.T}
-        metrics = {f"recall@1 {name}": float((targets[way.argmax(1)] == targets).mean()) for name, way in ways.items()}
+        scores = {
+            f"recall@1 {name}": np.asarray(targets[way.argmax(1)] == targets, np.float64) for name, way in ways.items()
+        }
         best = [np.argsort(-way, axis=1, kind="stable")[:, :5] for way in ways.values()]
-        hits = [np.take_along_axis(own, five, axis=1).any(axis=1).mean() for five in best]
-        return metrics | {"recall@5": float(np.mean(hits))}
+        hits = [np.take_along_axis(own, five, axis=1).any(axis=1) for five in best]
+        return scores | {"recall@5": np.mean(hits, axis=0)}
 
     def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether the image finds the same text, and the text the same image."""

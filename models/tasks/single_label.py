@@ -21,6 +21,7 @@ class SingleLabel:
     """See the module's docstring. Targets: int64 (examples,)."""
 
     metric: ClassVar[str] = "accuracy"
+    further_metrics: ClassVar[Mapping[str, int]] = {"macro F1": 1, "balanced accuracy": 1}
     constant: ClassVar[str] = "majority class"
     fewest_labels: ClassVar[int] = 2
     reading: ClassVar[str] = (
@@ -83,6 +84,10 @@ class SingleLabel:
             "macro F1": float(f1_score(targets, chosen, **some)),
             "balanced accuracy": float(recall_score(targets, chosen, **some)),
         }
+
+    def more_scores(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """None: what an example scores does not depend on the others."""
+        return {}
 
     def same(self, outputs: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Whether both have the same top class."""

@@ -7,14 +7,18 @@ All renderers (HTML, Markdown, JUnit, terminal) read these facts, so they cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from pipeline.report.formats import format_bytes, format_interval, format_percent, format_points, format_ratio
+from stages.gate import outcome_of
 
 Verdict = Literal["pass", "fail", "partial"]
+
+GATE_VERDICTS = ("pass", "fail", "inconclusive", "error")
 
 
 def number(value: object) -> float | None:
@@ -46,12 +50,39 @@ class GateFact:
     stage: str
     name: str
     subject: str
-    passed: bool
+    verdict: str
     measured: float | None
     direction: str
     threshold: float | None
     unit: str
     message: str
+    outcome: str
+    """Why a gate that did not pass stops nothing; empty where it stops the run, and where it passed."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate passed."""
+        return self.verdict == "pass"
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run ends here."""
+        return not self.passed and not self.outcome
+
+    @property
+    def rank(self) -> int:
+        """What stops the run first, then what is let through, then what passed."""
+        return 0 if self.stops else 1 if not self.passed else 2
+
+    @property
+    def word(self) -> str:
+        """What becomes of a gate that did not pass and stops nothing, in a word; else nothing."""
+        return "" if not self.outcome else "waived" if self.outcome.startswith("waived") else "let through"
+
+    @property
+    def finding(self) -> str:
+        """The message, and what becomes of it."""
+        return f"{self.message}; {self.outcome}" if self.outcome else self.message
 
 
 @dataclass(frozen=True)
@@ -72,6 +103,12 @@ class Candidate:
     passed: bool
     chosen: bool
     numbers: dict[str, Any]
+
+    @property
+    def excused(self) -> str:
+        """What of its gates did not pass and is waived or let through, to stand behind a "pass"; or nothing."""
+        names = sequence(self.numbers.get("excused"))
+        return f", {len(names)} excused" if names else ""
 
     @property
     def arithmetic(self) -> str:
@@ -136,8 +173,18 @@ class Facts:
 
     @cached_property
     def failed_gates(self) -> list[GateFact]:
-        """The gates that did not pass."""
-        return [gate for gate in self.gates if not gate.passed]
+        """The gates that stop the run."""
+        return [gate for gate in self.gates if gate.stops]
+
+    @cached_property
+    def excused_gates(self) -> list[GateFact]:
+        """The gates that did not pass and stop nothing: waived, or inconclusive and let through."""
+        return [gate for gate in self.gates if not gate.passed and not gate.stops]
+
+    @property
+    def excused_sentence(self) -> str:
+        """How many gates did not pass and are waived or let through, or nothing."""
+        return counts_of("gate", [gate.word for gate in self.excused_gates])
 
     @cached_property
     def broken_stage(self) -> dict[str, Any]:
@@ -255,13 +302,13 @@ class Facts:
         if self.broken_stage:
             return f"Not shipped: {self.broken_stage['name']} failed"
         if self.failed_gates:
-            count = len(self.failed_gates)
-            return f"Not shipped: {count} gate{'s' if count > 1 else ''} failed"
+            words = {"fail": "failed", "inconclusive": "inconclusive", "error": "without evidence"}
+            return f"Not shipped: {counts_of('gate', [words[gate.verdict] for gate in self.failed_gates])}"
         if self.status != "passed":
             return "Not shipped: the run failed before a stage could run"
         if self.verdict == "pass" and self.chosen:
-            unproven = f"; {self.unproven_sentence}" if self.unproven_sentence else ""
-            return f"Ready to ship: {self.chosen.name}{unproven}"
+            more = [part for part in (self.excused_sentence, self.unproven_sentence) if part]
+            return "; ".join([f"Ready to ship: {self.chosen.name}", *more])
         if self.packed:
             return "Packed without evidence: no candidate was measured or no gate was checked"
         done = [str(stage.get("name")) for stage in self.stages if stage.get("status") in ("ran", "fresh")]
@@ -309,18 +356,26 @@ class Facts:
 
 
 def gate_fact(stage: str, gate: Mapping[str, Any]) -> GateFact:
-    """A gate of the record; anything but the verdict `pass` is a failure."""
+    """A gate of the record; a verdict that is none of those known is a failure."""
     return GateFact(
         stage=stage,
         name=str(gate.get("name") or "unnamed"),
         subject=str(gate.get("subject") or ""),
-        passed=gate.get("verdict") == "pass",
+        verdict=gate["verdict"] if gate.get("verdict") in GATE_VERDICTS else "fail",
         measured=number(gate.get("measured")),
         direction=str(gate.get("direction") or ""),
         threshold=number(gate.get("threshold")),
         unit=str(gate.get("unit") or ""),
         message=str(gate.get("message") or ""),
+        outcome=outcome_of(gate),
     )
+
+
+def counts_of(thing: str, words: Sequence[str]) -> str:
+    """`2 gates failed, 1 inconclusive`; empty for none."""
+    counts = list(Counter(words).items())
+    parts = [f"{count} {word}" for word, count in counts[1:]]
+    return ", ".join([f"{counts[0][1]} {thing}{'s' * (counts[0][1] > 1)} {counts[0][0]}", *parts]) if counts else ""
 
 
 def candidate_from(item: Mapping[str, Any], reference: Mapping[str, Any], chosen: object) -> Candidate:

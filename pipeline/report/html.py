@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline.report import svg
-from pipeline.report.facts import Candidate, Facts, mapping, number, sequence
+from pipeline.report.facts import Candidate, Facts, GateFact, mapping, number, sequence
 from pipeline.report.formats import (
     MISSING,
     capitalized,
@@ -28,6 +28,12 @@ from pipeline.report.precision import precision_section
 from pipeline.report.training import training_section
 
 VERDICT_WORDS = {"pass": "✓ passed", "fail": "✗ not shipped", "partial": "◐ incomplete"}
+GATE_CHIPS = {
+    "pass": ("✓ pass", "pass"),
+    "fail": ("✗ fail", "fail"),
+    "inconclusive": ("? inconclusive", "partial"),
+    "error": ("✗ no evidence", "fail"),
+}
 STATUS_WORDS = {
     "ran": ("✓ ran", "pass"),
     "fresh": ("✓ reused", "plain"),
@@ -98,6 +104,7 @@ def header(facts: Facts, contents: Sequence[tuple[str, str]]) -> Html:
 def key_figures(facts: Facts) -> Html:
     """The five numbers that a manager asks for."""
     failed, total = len(facts.failed_gates), len(facts.gates)
+    passed = sum(gate.passed for gate in facts.gates)
     figures = []
     chosen, reference = facts.chosen, facts.reference
     if chosen:
@@ -114,10 +121,9 @@ def key_figures(facts: Facts) -> Html:
             ("Size", format_bytes(chosen.size_bytes), f"{share:.0%} of PyTorch" if share else ""),
             ("Agreement", format_percent(chosen.agreement), "same answer as PyTorch"),
         ]
-    gates = f"{total - failed} / {total}" if total else "none"
-    figures.append(
-        ("Gates passed", gates, f"{failed} failed" if failed else "all passed" if total else "nothing was checked")
-    )
+    gates = f"{passed} / {total}" if total else "none"
+    others = f"{failed} failed" if failed else facts.excused_sentence or "all passed"
+    figures.append(("Gates passed", gates, others if total else "nothing was checked"))
     figures.append(
         ("Time", format_duration(total_seconds(facts)), f"{stages_done(facts)} of {len(facts.stages)} stages")
     )
@@ -302,7 +308,7 @@ def candidate_table(facts: Facts) -> Html:
                 item.name,
                 item.arithmetic or item.precision,
                 values,
-                chip(*(("✓ pass", "pass") if item.passed else ("✗ fail", "fail"))),
+                chip(*((f"✓ pass{item.excused}", "pass") if item.passed else ("✗ fail", "fail"))),
                 mark,
             )
         )
@@ -330,14 +336,14 @@ def per_second(value: float | None) -> str:
 
 
 def gates_section(facts: Facts) -> Html:
-    """Every gate, those that failed first."""
+    """Every gate, those that stop the run first, then those that are waived or let through."""
     if not facts.gates:
         return element("p", "No gate was checked in this run.", class_="hint")
-    ordered = sorted(facts.gates, key=lambda gate: gate.passed)
+    ordered = sorted(facts.gates, key=lambda gate: gate.rank)
     rows = [
         element(
             "tr",
-            element("td", chip(*(("✓ pass", "pass") if gate.passed else ("✗ fail", "fail")))),
+            element("td", gate_chips(gate)),
             element("th", shorten(gate.name, 80), scope="row"),
             element("td", shorten(gate.subject, 80)),
             element("td", gate.stage),
@@ -345,8 +351,8 @@ def gates_section(facts: Facts) -> Html:
             element(
                 "td", f"{gate.direction} {format_number(gate.threshold, 4)} {gate.unit}".strip(), class_="threshold"
             ),
-            element("td", shorten(gate.message, 300), class_="message"),
-            class_=None if gate.passed else "bad",
+            element("td", shorten(gate.finding, 400), class_="message"),
+            class_="bad" if gate.stops else None,
         )
         for gate in ordered[:MAX_GATE_ROWS]
     ]
@@ -354,6 +360,12 @@ def gates_section(facts: Facts) -> Html:
     note = element("p", f"{more} more passed gates are in run.json.", class_="hint") if more > 0 else Html("")
     heads = ("Verdict", "Gate", "Subject", "Stage", "Measured", "Threshold", "Finding")
     return join([table("Gates", heads, rows, numeric=(4,)), note])
+
+
+def gate_chips(gate: GateFact) -> Html:
+    """The verdict of a gate, and in a second chip that it stops nothing all the same."""
+    verdict = chip(*GATE_CHIPS[gate.verdict])
+    return join([verdict, Html(" "), chip(gate.word, "plain")]) if gate.word else verdict
 
 
 PARITY = (

@@ -9,14 +9,21 @@ from xml.etree import ElementTree
 from pipeline.report.facts import Facts, GateFact, gate_fact, number, records
 from pipeline.report.markup import clean, shorten
 
+OUTCOMES = {
+    "fail": ("failure", "GateFailed"),
+    "inconclusive": ("failure", "GateInconclusive"),
+    "error": ("error", "GateWithoutEvidence"),
+}
+"""Verdict of a gate that stops the run: element and type."""
 ERRORS = {"failed": "the stage failed", "interrupted": "the stage was interrupted"}
 
 
 def render_junit(run: dict[str, Any]) -> str:
     """The gates of a run (`run.json`) as JUnit XML: a suite a stage, a case a gate.
 
-    A stage that failed or was interrupted is a case with an error, a stage that never ran a skipped
-    one: neither looks like a pass. Times are in seconds and belong to the stage.
+    A gate that failed or is inconclusive is a failure, one without evidence an error; what is waived or let through is
+    skipped, with the reason. A stage that failed or was interrupted is a case with an error, a stage that never ran a
+    skipped one: neither looks like a pass. Times are in seconds and belong to the stage.
     """
     facts = Facts(run)
     root = ElementTree.Element("testsuites", name=shorten(facts.name, 200))
@@ -59,11 +66,12 @@ def case_from(gate: GateFact) -> ElementTree.Element:
     """One gate."""
     title = f"{gate.name} [{gate.subject}]" if gate.subject else gate.name
     case = ElementTree.Element("testcase", classname=shorten(gate.stage, 80), name=shorten(title, 200), time="0.000")
-    if not gate.passed:
-        failure = ElementTree.SubElement(
-            case, "failure", type="GateFailed", message=shorten(gate.message or "no message", 300)
-        )
-        failure.text = clean(
+    if gate.outcome:
+        ElementTree.SubElement(case, "skipped", message=shorten(f"{gate.verdict}: {gate.finding}", 300))
+    elif not gate.passed:
+        tag, kind = OUTCOMES[gate.verdict]
+        problem = ElementTree.SubElement(case, tag, type=kind, message=shorten(gate.message or "no message", 300))
+        problem.text = clean(
             f"gate: {gate.name}\nsubject: {gate.subject}\nmeasured: {gate.measured}\n"
             f"expected: {gate.direction} {gate.threshold} {gate.unit}\n{gate.message}"
         )

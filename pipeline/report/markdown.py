@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report.facts import Facts, number
+from pipeline.report.facts import Facts, GateFact, number
 from pipeline.report.formats import (
     MISSING,
     capitalized,
@@ -27,7 +27,7 @@ action's before it."""
 SHARE = MAX_CHARACTERS // 3
 """The most that the candidates may take, and the gates: so many of either leave room for the other."""
 CUT = "\n\n_{} more in report.html._"
-BADGES = {"pass": "✅", "fail": "❌", "partial": "🟡"}
+BADGES = {"pass": "✅", "fail": "❌", "partial": "🟡", "inconclusive": "❓", "error": "🚫"}
 
 
 def render_markdown(run: dict[str, Any]) -> str:
@@ -86,8 +86,9 @@ def preformatted(text: str, limit: int = 4000) -> str:
 
 def counted(facts: Facts) -> str:
     """Run, backbone and gates in one line."""
-    passed = len(facts.gates) - len(facts.failed_gates)
+    passed = sum(gate.passed for gate in facts.gates)
     gates_text = f"{passed} of {len(facts.gates)} gates passed" if facts.gates else "no gate was checked"
+    gates_text += f", {facts.excused_sentence}" if facts.excused_gates else ""
     about = [f"run {facts.name}", str(facts.run.get("backbone", "")), format_time(facts.run.get("created_at", ""))]
     return f"**{gates_text}** · " + " · ".join(markdown_text(part) for part in about if part)
 
@@ -134,7 +135,7 @@ def candidates(facts: Facts) -> str:
                     format_ms(item.p95_ms),
                     format_ratio(item.speedup),
                     format_bytes(item.size_bytes),
-                    BADGES["pass" if item.passed else "fail"],
+                    BADGES["pass" if item.passed else "fail"] + item.excused,
                 ]
             )
         metric = markdown_text(capitalized(facts.metric), 40)
@@ -172,30 +173,29 @@ def candidates(facts: Facts) -> str:
 
 
 def gates(facts: Facts) -> str:
-    """The gates that failed, then those that passed, folded."""
+    """The gates that did not pass, those that stop the run first, then those that passed, folded."""
     if not facts.gates:
         return ""
     parts = ["### Gates"]
-    if facts.failed_gates:
-        parts.append(gate_table(facts, passed=False))
-    if len(facts.failed_gates) < len(facts.gates):
-        count = len(facts.gates) - len(facts.failed_gates)
-        parts.append(f"<details><summary>{count} passed</summary>\n\n{gate_table(facts, passed=True)}\n\n</details>")
+    passed = [gate for gate in facts.gates if gate.passed]
+    if others := sorted((gate for gate in facts.gates if not gate.passed), key=lambda gate: gate.rank):
+        parts.append(gate_table(others))
+    if passed:
+        parts.append(f"<details><summary>{len(passed)} passed</summary>\n\n{gate_table(passed)}\n\n</details>")
     return "\n\n".join(parts)
 
 
-def gate_table(facts: Facts, passed: bool) -> str:
-    """The gates with one verdict."""
-    chosen = [gate for gate in facts.gates if gate.passed is passed]
+def gate_table(chosen: Sequence[GateFact]) -> str:
+    """One row a gate."""
     rows = [
         [
-            BADGES["pass" if gate.passed else "fail"],
+            f"{BADGES[gate.verdict]} {gate.verdict}",
             markdown_text(gate.name, 60),
             markdown_text(gate.subject, 60),
             markdown_text(gate.stage, 40),
             format_number(gate.measured, 4),
             markdown_text(f"{gate.direction} {format_number(gate.threshold, 4)} {gate.unit}", 60),
-            markdown_text(gate.message, 100),
+            markdown_text(gate.finding, 160),
         ]
         for gate in chosen
     ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STYLES = {"pass": "green", "fail": "red", "partial": "yellow"}
 STATUS_STYLES = {"ran": "green", "fresh": "dim", "failed": "red", "gate-failed": "red", "interrupted": "yellow"}
+GATE_WORDS = {"fail": "failed", "inconclusive": "inconclusive", "error": "without evidence"}
 MAX_FAILED_GATES = 10
 
 
@@ -36,11 +37,13 @@ def print_summary(run: dict[str, Any], console: Console) -> None:
         console.print()
         console.print(candidate_table(facts))
     console.print()
-    for gate in facts.failed_gates[:MAX_FAILED_GATES]:
-        line = f"gate failed: {gate.stage} {gate.name} [{gate.subject}]: {gate.message}"
-        console.print(Text(terminal_text(line, 400), style="red"), soft_wrap=True)
-    if len(facts.failed_gates) > MAX_FAILED_GATES:
-        console.print(Text(f"and {len(facts.failed_gates) - MAX_FAILED_GATES} more failed gates"), soft_wrap=True)
+    for gates, style in ((facts.failed_gates, "red"), (facts.excused_gates, "yellow")):
+        for gate in gates[:MAX_FAILED_GATES]:
+            line = f"gate {GATE_WORDS[gate.verdict]}: {gate.stage} {gate.name} [{gate.subject}]: {gate.finding}"
+            console.print(Text(terminal_text(line, 400), style=style), soft_wrap=True)
+        if len(gates) > MAX_FAILED_GATES:
+            more = "failed gates" if style == "red" else "gates that are waived or let through"
+            console.print(Text(f"and {len(gates) - MAX_FAILED_GATES} more {more}"), soft_wrap=True)
     console.print(Text(terminal_text(facts.headline), style=f"bold {STYLES[facts.verdict]}"), soft_wrap=True)
     if facts.explanation and not facts.failed_gates:
         console.print(Text(terminal_text(facts.explanation, 600)), soft_wrap=True)
@@ -87,7 +90,7 @@ def candidate_table(facts: Facts) -> Table:
         )
     ]
     for item in facts.candidates:
-        verdict = ("pass" if item.passed else "fail") + (", chosen" if item.chosen else "")
+        verdict = ("pass" if item.passed else "fail") + item.excused + (", chosen" if item.chosen else "")
         cells = [
             item.name,
             format_percent(item.metric),

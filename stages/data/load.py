@@ -33,18 +33,19 @@ class Checked:
     """Of a pair of an image and a text: the SHA-256 of the image alone."""
 
 
-def load_data(config: DataConfig, task: TaskName) -> DataSplits:
-    """The data of a run.
+def load_data(config: DataConfig, task: TaskName, slices: Sequence[str] = ()) -> DataSplits:
+    """The data of a run; its test examples carry the values of the columns in `slices`.
 
     Raises:
-        ConfigError: the source is not there, or of no known kind; names for labels that the task does not have.
+        ConfigError: the source is not there, of no known kind, or has no columns and `slices` names some; names for
+            labels that the task does not have.
         DataError: an example cannot be read, a class is too small, a label is not in train, the same content is in
             two splits, or a label that has a name is not there. The message names what and where.
         MissingCapabilityError: a hub data set cannot be had here.
     """
     kind, modality = task_of(task), MODALITY_OF_TASK[task]
     check_named(config, task)
-    source = read_source(config, modality, kind)
+    source = read_source(config, modality, kind, slices)
     checked, notes = drop_unreadable(with_names(source.rows, config), config, modality)
     checked, more = drop_contradictions(checked, config)
     checked, captions = drop_other_captions(checked, config)
@@ -52,7 +53,10 @@ def load_data(config: DataConfig, task: TaskName) -> DataSplits:
     labels = kind.labels(one.row.label for one in checked)
     indices = {label: index for index, label in enumerate(labels)}
     placed = [
-        Placed(Example(one.row.content, kind.target(one.row.label, indices), one.digest, one.row.origin), one.row.split)
+        Placed(
+            Example(one.row.content, kind.target(one.row.label, indices), one.digest, one.row.origin, one.row.metadata),
+            one.row.split,
+        )
         for one in checked
     ]
     check_labels(labels, [one.example for one in placed], kind, config)
@@ -61,6 +65,9 @@ def load_data(config: DataConfig, task: TaskName) -> DataSplits:
     else:
         splits, split_notes = own_splits(placed, config)
     splits = limited(splits, labels, config)
+    for name in SPLITS:
+        if name != "test":  # or what validate is to look at would make every stage before it stale
+            splits[name] = [replace(one, metadata=()) for one in splits[name]]
     frozen = {name: tuple(shuffled(splits[name], config.seed)) for name in SPLITS}
     return DataSplits(
         labels=labels,

@@ -29,6 +29,8 @@ class Example:
     label: Target
     digest: str
     origin: str
+    metadata: tuple[tuple[str, str], ...] = ()
+    """(column, value) of the columns that validate parts the test split by; only examples of that have any."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ def digest_of_text(text: str | tuple[str, str]) -> str:
 
 
 def fingerprint_of(labels: tuple[str, ...], examples: tuple[Example, ...]) -> str:
-    """SHA-256 over the label list and each example's label and content, in order."""
+    """SHA-256 over the label list and each example's label, content and metadata, in order."""
     digest = hashlib.sha256(json.dumps(labels).encode())
     for example in examples:
         digest.update(f"\n{example.label} {example.digest}".encode())
+        if example.metadata:
+            digest.update(json.dumps(example.metadata).encode())
     return digest.hexdigest()

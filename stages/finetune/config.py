@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from models.adapters import NOT_FOLDABLE, SCALED_BY_B, Method
 from stages.artifact import Artifact, digest_of, read_artifact
 from stages.base import StageConfig
+from stages.gate import stops
 
 Strategy = Literal["feature-extraction", "full", "lp-ft", "gradual-unfreezing", "lora", "flyp"]
 Family = Literal["cnn", "transformer", "text"]
@@ -298,7 +299,7 @@ class FinetuneConfig(StageConfig):
         """A run with a merged network whose gates passed."""
         if value is not None:
             merged = merged_network_of(value)
-            failed = [gate["name"] for gate in merged.manifest["gates"] if gate["verdict"] != "pass"]
+            failed = [gate["name"] for gate in merged.manifest["gates"] if stops(gate)]
             if failed:
                 raise ValueError(f"merge-lora of that run has a failed gate ({failed[0]})")
         return value

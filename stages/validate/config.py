@@ -12,8 +12,12 @@ from stages.base import StageConfig
 from stages.candidates import FLOATS
 from stages.validate.engines import EngineRule
 from stages.validate.providers import ProviderName
+from stages.validate.waivers import WaiverConfig
 
 AGREEMENT_NARROW = 0.94
+MLPERF_RATIOS = {"mlperf-99": 0.99, "mlperf-99.9": 0.999}
+"""The quality targets of MLPerf Inference (Reddi et al. 2020, arXiv 1911.02549): 99 % and 99.9 % of the FP32 model's
+metric."""
 
 
 class GatesConfig(StageConfig):
@@ -29,10 +33,22 @@ class GatesConfig(StageConfig):
     max_metric_drop: float = Field(
         default=0.01, ge=0, description="Largest drop of the metric below the reference (0.01 = 1 point)."
     )
-    metric_drop: Literal["observed", "proven"] = Field(
-        default="observed",
-        description="What max_metric_drop bounds: the drop observed, or the largest one that the samples do not rule "
-        "out (one-sided 95 % bound; takes thousands of samples: 8.56·flips/margin²).",
+    min_metric_ratio: float | Literal["mlperf-99", "mlperf-99.9"] | None = Field(
+        default=None,
+        description="The same as a share of the reference's metric, e.g. 0.99; mlperf-99 and mlperf-99.9 are MLPerf "
+        "Inference's two. Of max_metric_drop and this one the stricter holds.",
+    )
+    metric_drop: Literal["proven", "observed"] = Field(
+        default="proven",
+        description="What the margins bound. proven: the drop that the samples do not rule out (paired one-sided "
+        "non-inferiority at 5 %): it passes where none beyond the margin is left possible, fails where one is shown, "
+        "and is inconclusive between; where answers flip that takes 8.56·flips/margin² samples. observed: the drop "
+        "that was seen, whatever it proves.",
+    )
+    max_drops: dict[str, float] = Field(
+        default={},
+        description="Other metrics of the task (as the report names them, e.g. macro F1, mAP, Spearman): the largest "
+        "loss of each, in its unit, judged as metric_drop says.",
     )
     min_agreement: float = Field(
         default=0.99,
@@ -53,10 +69,36 @@ class GatesConfig(StageConfig):
     min_agreement_fp8: float | None = Field(
         default=None, ge=0, le=1, description="The same for FP8 candidates alone; the same default."
     )
+    max_flip_rate: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Largest share of samples that are right in one of reference and candidate and wrong in the other, "
+        "by its 95 % bound (Clopper–Pearson).",
+    )
+    max_slice_drop: float | None = Field(
+        default=0.05,
+        ge=0,
+        description="No class, and no value of the columns in validate.slices, may be shown to lose more of the metric "
+        "than this (one-sided at 5 %, Holm's correction for their number). null: not checked.",
+    )
+    min_slice_samples: int = Field(default=50, ge=2, description="Fewest samples of a slice that is judged (number).")
+    max_ece_increase: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of one label of several: largest increase of the expected calibration error, by its 95 % bound.",
+    )
+    max_nll_increase: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of one label of several: largest increase of the negative log-likelihood (nats), by its 95 % "
+        "bound.",
+    )
     max_relative_error_fp32: float = Field(
         default=1e-3,
         gt=0,
-        description="Largest output error of fp32 as a share of the reference's range (ratio).",
+        description="Ceiling of fp32's largest output error as a share of the reference's range (ratio). The tolerance "
+        "is 20 times the reference's own noise where that is less.",
     )
     max_relative_error_fp16: float = Field(
         default=2e-2,
@@ -81,13 +123,42 @@ class GatesConfig(StageConfig):
     max_size_bytes: int | None = Field(
         default=None, gt=0, description="Limit: largest model, with its external weights (bytes)."
     )
-
+    min_speedup: float | None = Field(
+        default=None,
+        gt=0,
+        description="Limit: smallest speed against PyTorch at batch 1 (ratio), by its 97.9 % interval over the turns.",
+    )
+    max_memory_bytes: int | None = Field(
+        default=None,
+        gt=0,
+        description="Limit: largest peak of resident memory of a process that loads the model and runs it at batch 1 "
+        "(bytes), ONNX Runtime itself included.",
+    )
     engines: EngineRule = Field(
         default="require-receipt",
         description="Engines run on devices that this machine is not. require-receipt: each that is shipped has the "
         "receipt of a device (receipts) with its digest; allow-unproven: it may be packed without one, and is named "
         "UNPROVEN wherever it is named.",
     )
+
+    def margin_of(self, metric: float | None) -> float | None:
+        """The largest drop of a reference's metric: `max_metric_drop`, or what `min_metric_ratio` leaves, if less. None
+        where the metric has no share to keep (it is not above 0)."""
+        if self.min_metric_ratio is None:
+            return self.max_metric_drop
+        if metric is None or metric <= 0:
+            return None
+        asked = self.min_metric_ratio
+        ratio = MLPERF_RATIOS[asked] if isinstance(asked, str) else asked
+        return min(self.max_metric_drop, (1 - ratio) * metric)
+
+    @field_validator("min_metric_ratio")
+    @classmethod
+    def check_ratio(cls, value: float | str | None) -> float | str | None:
+        """A share."""
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError(f"found {value}; expected a share of the reference's metric above 0, at most 1")
+        return value
 
     def agreement_of(self, precision: str) -> float:
         """The share of samples that a candidate of this precision must agree on."""
@@ -121,6 +192,24 @@ class ValidateConfig(StageConfig):
     receipts: tuple[str, ...] = Field(
         default=(), description="Files of `pipeline verify --receipt`, from the devices that engines are built for."
     )
+    on_inconclusive: Literal["fail", "pass"] = Field(
+        default="fail",
+        description="What becomes of a gate whose evidence fits both: fail stops the run, pass lets it through, and "
+        "says so.",
+    )
+    slices: tuple[str, ...] = Field(
+        default=(), description="Columns of the data's table whose values part the test split into slices of their own."
+    )
+    critical_slices: dict[str, float] = Field(
+        default={},
+        description="Slices with a margin of their own, which must be proven: label=<class> or <column>=<value>, and "
+        "the largest drop of the metric.",
+    )
+    waivers: tuple[WaiverConfig, ...] = Field(
+        default=(),
+        description="Gates that somebody takes on himself: gate, subject, owner, reason, expires (YYYY-MM-DD) and the "
+        "digest of the candidate that it holds for. The verdict stays, and every report says that it is waived.",
+    )
     gates: GatesConfig = Field(default_factory=GatesConfig, description="Thresholds.")
 
     @field_validator("providers")
@@ -132,6 +221,9 @@ class ValidateConfig(StageConfig):
         return value
 
     def outside(self) -> dict[str, str]:
-        """What the receipts hold, wherever they lie."""
+        """What the receipts hold, wherever they lie, and which waivers have expired by now."""
         found = [sha256_of_file(Path(file)) if Path(file).is_file() else "missing" for file in self.receipts]
-        return {"receipts": digest_of(found)}
+        expired = (
+            {"expired_waivers": "; ".join(one.title for one in self.waivers if one.expired)} if self.waivers else {}
+        )
+        return {"receipts": digest_of(found), **expired}

@@ -57,14 +57,15 @@ def run_engines(
     context: StageContext,
     checkpoint: Checkpoint,
     engines: Sequence[dict[str, Any]],
-    outputs: Mapping[str, Outputs],
+    outputs: dict[str, Outputs],
     targets: np.ndarray,
     batch_size: int,
     latency_calls: int,
 ) -> list[dict[str, Any]]:
     """An entry for each engine that is for this GPU, as those of candidates; its evidence goes beside the receipts.
 
-    `outputs` are those of the reference and of the candidates, `targets` what every test example should give.
+    `outputs` are those of the reference and of the candidates, to which those of the engines are added, `targets` what
+    every test example should give.
 
     Raises:
         IntegrityError: an engine is not the one that was built.
@@ -84,7 +85,7 @@ def run_engine(
     checkpoint: Checkpoint,
     entry: Mapping[str, Any],
     target: str,
-    outputs: Mapping[str, Outputs],
+    outputs: dict[str, Outputs],
     targets: np.ndarray,
     batch_size: int,
     latency_calls: int,
@@ -116,14 +117,17 @@ def run_engine(
                 times |= {"speedup": ratio[0], "speedup_interval": ratio[1]}
     except RuntimeInferenceError as error:
         found = Outputs(None, str(error))
+    name = f"{entry['name']} on {target}"
+    outputs[name] = found
     return {
-        "name": f"{entry['name']} on {target}",
+        "name": name,
         "engine": entry["name"],
         "candidate": entry["candidate"],
         "precision": entry["precision"],
         "provider": ENGINE,
         "library_version": version,
         "sha256": entry["sha256"],
+        "digest": entry["sha256"],
         "size_bytes": entry["size_bytes"],
         **compare(found, outputs[REFERENCE], targets, task_of(checkpoint.spec.task)),
         "candidate_error": error_against(found, outputs[entry["candidate"]]),
@@ -178,7 +182,7 @@ def engine_run_gates(
     shipped = {entry["name"]: entry for entry in engines if entry["ships_for"]}
     for row in rows:
         results = check(row)
-        row["passed"] = all(result.passed for result in results)
+        row["passed"] = not any(result.stops for result in results)
         if row["engine"] in shipped:
             gates += results
             if not row["passed"]:

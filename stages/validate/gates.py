@@ -2,58 +2,169 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.gate import Gate, GateResult
-from stages.validate.config import GatesConfig
+from stages.statistics import samples_needed
+from stages.validate.config import GatesConfig, ValidateConfig
+from stages.validate.slices import slice_gates
+from stages.validate.waivers import waived
 
 
-def check(
-    entry: dict[str, Any], gates: GatesConfig, samples: int, metric: str, embeds: bool = False
-) -> list[GateResult]:
-    """The gates of one candidate. `embeds`: its outputs are embeddings."""
-    name, precision, problem = entry["name"], entry["precision"], entry["problem"]
-    agreement = gates.agreement_of(precision)
-    key = "metric_difference" if gates.metric_drop == "observed" else "metric_difference_bound"
-    drop = None if entry[key] is None else 0.0 - entry[key]
-    visible = "" if drop is None else f"{samples} samples can see drops of {entry['smallest_visible_drop']:.4f} or more"
+@dataclass(frozen=True)
+class Scene:
+    """What a candidate's numbers are judged by beside themselves. `tolerances`: precision → largest output error as a
+    share of the reference's range, and what it comes from in words. `disturbed`: others used the cores meanwhile."""
+
+    samples: int
+    metric: str
+    reference_metric: float | None
+    embeds: bool = False
+    tolerances: Mapping[str, tuple[float, str]] | None = None
+    disturbed: bool = False
+
+
+def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[GateResult]:
+    """The gates of one candidate."""
+    name, problem, gates, samples = entry["name"], entry["problem"], config.gates, scene.samples
+    agreement = gates.agreement_of(entry["precision"])
     results = [
         Gate("comparable outputs", "at most", 0.0, "problems").check(name, float(bool(problem)), samples, problem),
-        Gate(f"{metric} drop", "at most", gates.max_metric_drop, metric).check(name, drop, samples, visible),
+        drop_gate(entry, gates, scene),
         Gate("agreement", "at least", agreement).check(name, entry["agreement"], samples),
         Gate("SQNR", "at least", gates.min_sqnr_db, "dB").check(name, entry["sqnr_db"], samples),
     ]
-    if embeds:
+    if scene.embeds:
         results.append(Gate("cosine", "at least", gates.min_cosine).check(name, entry["cosine"], samples))
-    limits = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
-    if precision in limits:
-        gate = Gate("output error", "at most", limits[precision], "of the output range")
-        results.append(gate.check(name, entry["relative_error"], samples))
+    if entry["precision"] in (tolerances := scene.tolerances or {}):
+        tolerance, source = tolerances[entry["precision"]]
+        gate = Gate("output error", "at most", tolerance, "of the output range")
+        results.append(gate.check(name, entry["relative_error"], samples, source))
+    for metric, margin in gates.max_drops.items():
+        found = (entry["further_drops"] or {}).get(metric, {"drop": None, "interval": None})
+        results.append(judge(f"{metric} drop", margin, entry["name"], found["drop"], found["interval"], gates, samples))
+    bounded = (
+        ("flip rate", gates.max_flip_rate, "flip_rate", "of the samples"),
+        ("ECE increase", gates.max_ece_increase, "ece_increase", ""),
+        ("NLL increase", gates.max_nll_increase, "nll_increase", "nats"),
+    )
+    for title, limit, key, unit in bounded:
+        if limit is not None:
+            interval = interval_of(entry[f"{key}_interval"])
+            results.append(Gate(title, "at most", limit, unit).check_interval(name, entry[key], interval, samples))
+    if gates.max_slice_drop is not None and entry["slices"] is not None:
+        results += slice_gates(name, entry["slices"], gates.max_slice_drop, scene.metric, bool(config.slices))
     return results
 
 
-def limits_of(gates: GatesConfig) -> list[tuple[str, Gate]]:
-    """(what is measured, its limit) for the limits that are set."""
-    limits = []
+def drop_gate(entry: dict[str, Any], gates: GatesConfig, scene: Scene) -> GateResult:
+    """The metric against the margin, as `metric_drop` says."""
+    difference = entry["metric_difference"]
+    drop = None if difference is None else 0.0 - difference
+    margin = gates.margin_of(scene.reference_metric)
+    if margin is None:
+        gate = Gate(f"{scene.metric} drop", "at most", gates.max_metric_drop, scene.metric)
+        return gate.check(entry["name"], None, detail=f"{scene.reference_metric} has no share that could be kept")
+    detail = ""
+    if drop is not None:
+        detail = f"{scene.samples} samples can see drops of {entry['smallest_visible_drop']:.4f} or more"
+        needed = samples_needed(entry["difference_variance"], margin)
+        if gates.metric_drop == "proven" and needed is not None and needed > scene.samples:
+            detail += f"; {margin:.6g} takes about {needed}"
+    bounds = entry["metric_difference_one_sided"]
+    interval = None if bounds is None else [0.0 - bounds[1], 0.0 - bounds[0]]
+    return judge(f"{scene.metric} drop", margin, entry["name"], drop, interval, gates, scene.samples, detail)
+
+
+def judge(
+    title: str,
+    margin: float,
+    subject: str,
+    drop: float | None,
+    interval: Sequence[float] | None,
+    gates: GatesConfig,
+    samples: int,
+    detail: str = "",
+) -> GateResult:
+    """A drop against its margin: what was seen, or what the samples leave possible."""
+    gate = Gate(title, "at most", margin, title.removesuffix(" drop"))
+    if gates.metric_drop == "observed":
+        return gate.check(subject, drop, samples, detail)
+    return gate.check_interval(subject, drop, interval_of(interval), samples, detail)
+
+
+def interval_of(bounds: Sequence[float] | None) -> tuple[float, float] | None:
+    """Two bounds as the gate takes them."""
+    return None if bounds is None else (bounds[0], bounds[1])
+
+
+def settled(results: Sequence[GateResult], config: ValidateConfig, digest: str | None) -> list[GateResult]:
+    """The results with what becomes of those that did not pass: let through, or waived for the bytes with `digest`."""
+    lenient = config.on_inconclusive == "pass"
+    return [
+        replace(one, tolerated=True)
+        if lenient and one.verdict == "inconclusive"
+        else waived(one, config.waivers, digest)
+        for one in results
+    ]
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def limit_results(entry: dict[str, Any], config: ValidateConfig, disturbed: bool) -> list[GateResult]:
+    """The limits that are set, held against a candidate."""
+    gates, name = config.gates, entry["name"]
+    results = []
     if gates.max_latency_ms is not None:
-        limits.append(("latency_ms_p95", Gate("p95 latency", "at most", gates.max_latency_ms, "ms")))
+        limit = Gate("p95 latency", "at most", gates.max_latency_ms, "ms")
+        results.append(doubted(limit.check(name, entry["latency_ms_p95"]), disturbed, lambda one: not one.passed))
+    if gates.min_speedup is not None:
+        limit = Gate("speed-up", "at least", gates.min_speedup, "times PyTorch")
+        found = limit.check_interval(name, entry["speedup"], interval_of(entry["speedup_interval"]))
+        results.append(doubted(found, disturbed, lambda one: True))
     if gates.max_size_bytes is not None:
-        limits.append(("size_bytes", Gate("size", "at most", gates.max_size_bytes, "bytes")))
-    return limits
+        results.append(Gate("size", "at most", gates.max_size_bytes, "bytes").check(name, entry["size_bytes"]))
+    if gates.max_memory_bytes is not None:
+        limit = Gate("peak memory", "at most", gates.max_memory_bytes, "bytes")
+        results.append(limit.check(name, entry["peak_memory_bytes"]))
+    return settled(results, config, entry["digest"])
 
 
-def over_limits(entry: dict[str, Any], gates: GatesConfig) -> list[str]:
+def doubted(result: GateResult, disturbed: bool, unfair: Callable[[GateResult], bool]) -> GateResult:
+    """A time of a busy machine is inconclusive where that may have changed the verdict: others only make a runtime
+    slower, so that a latency inside the limit stays inside; which of two runtimes they slowed more is not known."""
+    if not disturbed or result.verdict == "error" or not unfair(result):
+        return result
+    return replace(result, verdict="inconclusive", message=f"{result.message}, on a machine that others kept busy")
+
+
+def over_limits(entry: dict[str, Any], config: ValidateConfig, disturbed: bool = False) -> list[str]:
     """The limits that a candidate does not keep, in words: it may be a good network and still not the one to ship."""
-    found = [gate.check(entry["name"], entry[key]) for key, gate in limits_of(gates)]
-    return [f"{result.name}: {result.message}" for result in found if not result.passed]
+    found = limit_results(entry, config, disturbed)
+    return [f"{result.name}: {result.message}" for result in found if result.stops]
 
 
-def choice_gates(entries: list[dict[str, Any]], chosen: str | None, gates: GatesConfig) -> list[GateResult]:
-    """A candidate is left to ship, and it keeps the limits."""
+def choice_gates(
+    entries: list[dict[str, Any]], chosen: str | None, config: ValidateConfig, disturbed: bool = False
+) -> list[GateResult]:
+    """A candidate is left to ship, and it keeps the limits. Where none is, and one would be if it were known to keep
+    them, that is inconclusive."""
     reasons = [f"{entry['name']}: {'; '.join(entry['over_limits'])}" for entry in entries if entry["over_limits"]]
     gate = Gate("a candidate can ship", "at least", 1.0, "candidates")
-    results = [gate.check("validate", float(bool(chosen)), detail="" if chosen else ". ".join(reasons))]
+    found = gate.check("validate", float(bool(chosen)), detail="" if chosen else ". ".join(reasons))
+    if not chosen and any(only_inconclusive(entry, config, disturbed) for entry in entries if entry["passed"]):
+        found = replace(found, verdict="inconclusive")
+    results = [found]
     for entry in entries:
         if entry["name"] == chosen:
-            results += [limit.check(entry["name"], entry[key]) for key, limit in limits_of(gates)]
+            results += limit_results(entry, config, disturbed)
     return results
+
+
+def only_inconclusive(entry: dict[str, Any], config: ValidateConfig, disturbed: bool) -> bool:
+    """Whether the limits that leave a candidate out are all inconclusive."""
+    stopping = [one.verdict for one in limit_results(entry, config, disturbed) if one.stops]
+    return bool(stopping) and set(stopping) == {"inconclusive"}

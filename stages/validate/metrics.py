@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from models.spec import side_by_side
 from models.tasks.single_label import SingleLabel
 from stages.inputs import batches
-from stages.statistics import paired_interval, smallest_cosine, smallest_visible_drop
+from stages.statistics import clopper_pearson, paired_interval, smallest_cosine, smallest_visible_drop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,9 +102,10 @@ def compare(found: Outputs, wanted: Outputs, targets: np.ndarray, task: Task) ->
 
 
 NUMBERS = (
-    "metric", "more_metrics", "metric_difference", "metric_difference_interval", "metric_difference_bound", "flips",
-    "smallest_visible_drop", "agreement", "logit_range", "max_abs_error", "mean_abs_error", "p999_abs_error",
-    "relative_error", "cosine", "sqnr_db", "kl", "error_histogram",
+    "metric", "more_metrics", "metric_difference", "metric_difference_interval", "metric_difference_one_sided",
+    "difference_variance", "flips", "flip_rate", "flip_rate_interval", "smallest_visible_drop", "agreement",
+    "logit_range", "max_abs_error", "mean_abs_error", "p999_abs_error", "relative_error", "cosine", "sqnr_db", "kl",
+    "error_histogram",
 )  # fmt: skip
 """The keys of `decisions` and `errors`."""
 
@@ -112,17 +113,25 @@ NUMBERS = (
 def decisions(found: np.ndarray, wanted: np.ndarray, targets: np.ndarray, task: Task) -> dict[str, Any]:
     """What differs in the answers. Differences are candidate minus reference.
 
-    `metric_difference_interval` has 95 % confidence; `metric_difference_bound` is the lower end of the 90 % one: a
-    one-sided test at 5 %. `flips` counts samples whose score differs.
+    `metric_difference_interval` has 95 % confidence; `metric_difference_one_sided` are both bounds of one-sided tests
+    at 5 %, as those of `flip_rate_interval` are. `difference_variance` is the mean squared difference of two scores of
+    a sample. `flips` counts samples whose score differs (of right and wrong answers: Dutta et al. 2024, arXiv
+    2407.09141), `flip_rate` is their share.
     """
+    import numpy as np
+
     scores, before = task.scores(found, targets), task.scores(wanted, targets)
+    flips = int((scores != before).sum())
     return {
         "metric": float(scores.mean()),
         "more_metrics": task.more_metrics(found, targets),
         "metric_difference": float((scores - before).mean()),
         "metric_difference_interval": list(paired_interval(scores, before)),
-        "metric_difference_bound": paired_interval(scores, before, 0.90)[0],
-        "flips": int((scores != before).sum()),
+        "metric_difference_one_sided": list(paired_interval(scores, before, 0.90)),
+        "difference_variance": float(np.square(scores - before).mean()),
+        "flips": flips,
+        "flip_rate": flips / len(scores),
+        "flip_rate_interval": list(clopper_pearson(flips, len(scores))),
         "smallest_visible_drop": smallest_visible_drop(scores, before),
         "agreement": float(task.same(found, wanted).mean()),
     }

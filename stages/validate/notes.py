@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stages.validate.engines import engine_notes
+from stages.validate.further import plan_in_words
 
 REFERENCE = "pytorch"
 
@@ -14,7 +15,8 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
     reference, metric = evidence["reference"], evidence["metric_name"]
     if reference["metric"] is None or reference["latency_ms_p50"] is None:
         return [f"{REFERENCE}: no evidence on {evidence['samples']} samples"]
-    lines = [
+    lines = [plan_in_words(evidence["sample_size"])]
+    lines += [
         f"{REFERENCE}: {metric} {reference['metric']:.4f} on {evidence['samples']} samples, "
         f"{reference['latency_ms_p50']:.2f} ms"
     ]
@@ -27,6 +29,7 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"{entry['smallest_visible_drop']:.4f} or more would show), agreement {entry['agreement']:.4f}, "
             f"{entry['latency_ms_p50']:.2f} ms ({entry['speedup']:.1f}×), {entry['size_bytes'] / 1e6:.1f} MB"
         )
+        lines += worst_slice(entry)
         lines += [f"{entry['name']} is left out: {reason}" for reason in entry.get("over_limits", ())]
         if entry.get("not_worth_it"):
             lines.append(f"{entry['name']} does not earn its place here: {'; '.join(entry['not_worth_it'].values())}")
@@ -35,5 +38,19 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
             f"{evidence['threads']} threads that were measured"
         )
+    lines += evidence["waivers"]
     chosen = f"chosen for {evidence['objective']} on {evidence['provider']}: {evidence['chosen'] or 'none'}"
     return [*lines, chosen, *engine_notes(evidence)]
+
+
+def worst_slice(entry: dict[str, Any]) -> list[str]:
+    """The slice that lost most, by Holm's adjusted p-value, of several that were judged."""
+    table = entry["slices"]
+    plain = [one for one in table["slices"] if not one["critical"]] if table else []
+    if len(plain) < 2:
+        return []
+    worst = plain[0]
+    return [
+        f"{entry['name']}: the worst of {table['judged']} slices is {worst['name']} with {-worst['drop']:+.4f} on "
+        f"{worst['samples']} samples (adjusted p {worst['adjusted_p']:.2g})"
+    ]

@@ -10,9 +10,10 @@ Fails when: a runtime fails, or a candidate's bytes are not those that its stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from models.errors import RuntimeInferenceError
 from models.runtimes.gpu import gpu_here
 from models.tasks import task_of
 from models.tasks.single_label import SingleLabel
-from stages.artifact import unchanged_files, write_json
+from stages.artifact import digest_of, unchanged_files, write_json
 from stages.base import (
     NETWORK_PACKAGES,
     PROCESSING_PACKAGES,
@@ -36,10 +37,12 @@ from stages.engines import ENGINE_PACKAGES
 from stages.gate import Gate, GateResult
 from stages.latency import TIMES, OtherWork, is_disturbed, speedup_of
 from stages.validate.choice import choose, not_worth_it, ranked
-from stages.validate.config import ValidateConfig
+from stages.validate.config import GatesConfig, ValidateConfig
 from stages.validate.engine_runs import engine_run_gates, run_engines
 from stages.validate.engines import add_receipts, choose_engines, engine_gates, measured_engines
-from stages.validate.gates import check, choice_gates, over_limits
+from stages.validate.further import add_further, planned_samples
+from stages.validate.gates import Scene, check, choice_gates, over_limits, settled
+from stages.validate.noise import NoiseFloor, noise_floor
 from stages.validate.notes import REFERENCE, notes_of
 from stages.validate.providers import (
     DEVICES,
@@ -50,6 +53,7 @@ from stages.validate.providers import (
     require_providers,
     split_runs,
 )
+from stages.validate.waivers import waiver_notes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
     from stages.validate.metrics import Outputs
 
 EVIDENCE = "evidence.json"
-EVIDENCE_SCHEMA_VERSION = 2
+EVIDENCE_SCHEMA_VERSION = 3
 LATENCY_SAMPLES = 8
 """Different real samples that the timed calls take in turn."""
 
@@ -101,42 +105,54 @@ class Validate:
         require_providers(config.providers)
         checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
         candidates = accepted_candidates(context, config.providers)
+        plan = planned_samples(context, config, [one.candidate for one in candidates])
         outputs = all_outputs(context, config, checkpoint, candidates)
         with OtherWork() as others:
             timings = all_timings(context, config, checkpoint, candidates, outputs)
         evidence = assemble(context, checkpoint, candidates, outputs, timings, config.providers[0])
-        evidence |= {"other_work_cores": others.cores, "disturbed": is_disturbed(others.cores, context.threads)}
-        enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
-        gates = [enough.check("test split", float(evidence["samples"]))]
-        embeds = bool(task_of(checkpoint.spec.task).embeds)
+        disturbed = is_disturbed(others.cores, context.threads)
+        evidence |= {"other_work_cores": others.cores, "disturbed": disturbed, "sample_size": plan}
+        floor = noise_floor(context, checkpoint, outputs[REFERENCE].values, config.batch_size)
+        evidence["noise_floor"] = floor.to_dict() if floor else None
+        files, targets = {one.name: one.path for one in candidates}, targets_of(context, checkpoint)
+        entries, runs = evidence["candidates"], evidence["other_runs"]
+        further = partial(add_further, context, config, checkpoint, outputs, outputs[REFERENCE], targets, files)
+        further([*entries, *runs])
+        scene = scene_of(evidence, config.gates, checkpoint, floor)
+        elsewhere = replace(scene, tolerances=ceilings_of(config.gates))
 
         def checked(entry: dict[str, Any]) -> list[GateResult]:
-            return check(entry, config.gates, evidence["samples"], evidence["metric_name"], embeds)
+            # The noise floor is that of the CPU.
+            found = check(entry, config, scene if entry["provider"] == "cpu" else elsewhere)
+            return settled(found, config, entry["digest"])
 
-        for entry in evidence["candidates"]:
-            results = checked(entry)
-            results += gates_elsewhere(entry["name"], evidence["other_runs"], checked)
-            entry["passed"] = all(result.passed for result in results)
-            entry["over_limits"] = over_limits(entry, config.gates)
+        enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
+        gates = [enough.check("test split", float(evidence["samples"]))]
+        for entry in entries:
+            results = checked(entry) + gates_elsewhere(entry["name"], runs, checked)
+            entry["passed"] = not any(result.stops for result in results)
+            entry["excused"] = [result.name for result in results if not result.passed and not result.stops]
+            entry["over_limits"] = over_limits(entry, config, disturbed)
             gates += results
-        for entry in evidence["candidates"]:
-            entry["not_worth_it"] = not_worth_it(entry, evidence["candidates"])
-        chosen = choose(evidence["candidates"], config.objective)
-        gates += choice_gates(evidence["candidates"], chosen, config.gates)
+        for entry in entries:
+            entry["not_worth_it"] = not_worth_it(entry, entries)
+        chosen = choose(entries, config.objective)
+        gates += choice_gates(entries, chosen, config, disturbed)
         evidence["engines"] = engines = measured_engines(context)
         add_receipts(engines, evidence["candidates"], [Path(file) for file in config.receipts])
         evidence["engine_runs"] = ran = run_engines(
-            context, checkpoint, engines, outputs, targets_of(context, checkpoint), config.batch_size,
-            config.latency_calls,
-        )  # fmt: skip
+            context, checkpoint, engines, outputs, targets, config.batch_size, config.latency_calls
+        )
         order = ranked(evidence["candidates"], config.objective)
-        targets = choose_engines(context, engines, order, config.objective)
-        gates += engine_gates(engines, targets, config.gates.engines)
+        asked = choose_engines(context, engines, order, config.objective)
+        gates += engine_gates(engines, asked, config.gates.engines)
+        further(ran)
         gates += engine_run_gates(ran, engines, checked)
         evidence |= {
             "objective": config.objective,
             "chosen": chosen,
             "confusion": confusion(chosen, outputs, context, checkpoint),
+            "waivers": waiver_notes(config.waivers, gates, {entry["name"]: entry["digest"] for entry in entries}),
         }
         write_json(context.output / EVIDENCE, evidence | {"gates": [gate.to_dict() for gate in gates]})
         return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))
@@ -255,6 +271,7 @@ def assemble(
                 "file": one.candidate.file,
                 "files": one.files,
                 "sha256": one.files[one.candidate.file],
+                "digest": digest_of_files(one.files),
                 "mac_shares": one.candidate.measurements.get("mac_shares", {}),
                 "size_bytes": sum(one.artifact.file(name).stat().st_size for name in one.files),
                 **compare(outputs[one.name], outputs[REFERENCE], targets, task),
@@ -283,6 +300,34 @@ def assemble(
         "candidates": decided,
         "other_runs": elsewhere,
     }
+
+
+def digest_of_files(files: Mapping[str, str]) -> str:
+    """What a waiver is bound to: the SHA-256 of a model that is one file, else of the list of its files' digests."""
+    return next(iter(files.values())) if len(files) == 1 else digest_of(files)
+
+
+def scene_of(
+    evidence: Mapping[str, Any], gates: GatesConfig, checkpoint: Checkpoint, floor: NoiseFloor | None
+) -> Scene:
+    """What every candidate is judged by."""
+    tolerances = ceilings_of(gates)
+    if floor:
+        tolerances = floor.tolerances(gates.max_relative_error_fp32, gates.max_relative_error_fp16)
+    return Scene(
+        samples=evidence["samples"],
+        metric=evidence["metric_name"],
+        reference_metric=evidence["reference"]["metric"],
+        embeds=bool(task_of(checkpoint.spec.task).embeds),
+        tolerances=tolerances,
+        disturbed=evidence["disturbed"],
+    )
+
+
+def ceilings_of(gates: GatesConfig) -> dict[str, tuple[float, str]]:
+    """Precision → the tolerance where no noise floor is known, and why it is that."""
+    ceilings = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
+    return {name: (value, "the ceiling: the noise floor is not known") for name, value in ceilings.items()}
 
 
 def targets_of(context: StageContext, checkpoint: Checkpoint) -> np.ndarray:

@@ -25,7 +25,7 @@ from stages.statistics import smallest_visible_drop
 from stages.validate import Validate, ValidateConfig
 from stages.validate.choice import choose, not_worth_it
 from stages.validate.config import GatesConfig
-from stages.validate.gates import check, choice_gates, over_limits
+from stages.validate.gates import Scene, check, choice_gates, over_limits
 from tests.stages.chain import (
     LABELS,
     SAMPLES,
@@ -211,14 +211,19 @@ def test_bytes_that_their_stage_did_not_write_are_not_measured(tmp_path: Path) -
         Validate().run(context_of(tmp_path / "validate", made() | {"quantize": artifact}), ValidateConfig())
 
 
+SCENE = Scene(1000, "accuracy", 0.9, tolerances={"fp32": (1e-3, ""), "fp16": (2e-2, "")})
+
+
 def entry(name: str = "x", **numbers: object) -> dict[str, object]:
     """A candidate's evidence, good in everything."""
     good = {
         "name": name, "precision": "int8", "problem": "", "metric": 0.9, "metric_difference": -0.005,
-        "metric_difference_bound": -0.02, "smallest_visible_drop": 0.03, "agreement": 0.98, "sqnr_db": 30.0,
-        "relative_error": 1e-5, "latency_ms_p50": 1.0, "latency_ms_p95": 2.0, "size_bytes": 100, "passed": True,
-        "over_limits": [],
-        "not_worth_it": {},
+        "metric_difference_one_sided": [-0.008, -0.002], "difference_variance": 0.003, "smallest_visible_drop": 0.03,
+        "agreement": 0.98, "sqnr_db": 30.0, "relative_error": 1e-5, "latency_ms_p50": 1.0, "latency_ms_p95": 2.0,
+        "speedup": 2.0, "speedup_interval": [1.8, 2.2], "size_bytes": 100, "peak_memory_bytes": 1000, "passed": True,
+        "flip_rate": 0.003, "flip_rate_interval": [0.001, 0.008], "ece_increase": 0.01,
+        "ece_increase_interval": [0.0, 0.02], "nll_increase": 0.01, "nll_increase_interval": [0.0, 0.02],
+        "further_drops": {}, "slices": None, "digest": "d" * 64, "over_limits": [], "not_worth_it": {},
     }  # fmt: skip
     return good | numbers
 
@@ -227,10 +232,11 @@ def entry(name: str = "x", **numbers: object) -> dict[str, object]:
     ("gates", "numbers", "failed"),
     [
         ({}, {}, set()),
-        ({}, {"metric_difference": -0.011}, {"accuracy drop"}),
-        ({}, {"metric_difference": 0.2}, set()),
-        ({"metric_drop": "proven"}, {}, {"accuracy drop"}),
-        ({"metric_drop": "proven", "max_metric_drop": 0.03}, {}, set()),
+        ({"metric_drop": "observed"}, {"metric_difference": -0.011}, {"accuracy drop"}),
+        ({"metric_drop": "observed"}, {"metric_difference_one_sided": [-0.5, 0.0]}, set()),
+        ({}, {"metric_difference_one_sided": [0.1, 0.2]}, set()),
+        ({}, {"metric_difference_one_sided": [-0.011, 0.0]}, {"accuracy drop"}),
+        ({"max_metric_drop": 0.03}, {"metric_difference_one_sided": [-0.011, 0.0]}, set()),
         ({}, {"agreement": 0.93}, {"agreement"}),
         ({}, {"precision": "fp16"}, {"agreement"}),
         ({"min_agreement": 0.99}, {}, {"agreement"}),
@@ -242,13 +248,13 @@ def entry(name: str = "x", **numbers: object) -> dict[str, object]:
     ],
 )
 def test_each_gate_fails_on_its_own_number(gates: dict, numbers: dict, failed: set[str]) -> None:
-    results = check(entry(**numbers), GatesConfig(**gates), 1000, "accuracy")
+    results = check(entry(**numbers), ValidateConfig(gates=GatesConfig(**gates)), SCENE)
     assert {result.name for result in results if not result.passed} == failed
 
 
 @pytest.mark.parametrize(("cosine", "passed"), [(0.96, True), (0.94, False), (None, False), (float("nan"), False)])
 def test_an_embedding_must_not_turn_away(cosine: float | None, passed: bool) -> None:
-    results = check(entry(cosine=cosine), GatesConfig(), 1000, "recall@1", embeds=True)
+    results = check(entry(cosine=cosine), ValidateConfig(), Scene(1000, "recall@1", 0.9, embeds=True))
     assert [result.passed for result in results if result.name == "cosine"] == [passed]
 
 
@@ -264,8 +270,8 @@ def test_an_embedding_must_not_turn_away(cosine: float | None, passed: bool) -> 
     ],
 )
 def test_limits_leave_a_candidate_out_without_failing_it(gates: dict, numbers: dict, over: int) -> None:
-    limits, measured = GatesConfig(**gates), entry(**numbers)
-    assert all(gate.passed for gate in check(measured, limits, 1000, "accuracy"))
+    limits, measured = ValidateConfig(gates=GatesConfig(**gates)), entry(**numbers)
+    assert all(gate.passed for gate in check(measured, limits, SCENE))
     measured["over_limits"] = over_limits(measured, limits)
     small = entry("small", size_bytes=1, latency_ms_p95=0.5, latency_ms_p50=5.0, over_limits=[])
     assert len(measured["over_limits"]) == over
@@ -316,7 +322,7 @@ def test_the_work_of_others_is_seen(tmp_path: Path) -> None:
 
 
 def test_the_gate_says_what_the_samples_can_see() -> None:
-    (drop,) = [one for one in check(entry(), GatesConfig(), 1000, "accuracy") if one.name == "accuracy drop"]
+    (drop,) = [one for one in check(entry(), ValidateConfig(), SCENE) if one.name == "accuracy drop"]
     assert "1000 samples can see drops of 0.0300 or more" in drop.message
 
 

@@ -85,7 +85,9 @@ def test_gains_and_losses_are_counted_apart() -> None:
     assert found["flips"] == 3
     assert found["metric_difference"] == pytest.approx(-0.25)
     low, high = found["metric_difference_interval"]
-    assert low < found["metric_difference_bound"] < -0.25 < high
+    narrow, wide = found["metric_difference_one_sided"]
+    assert low < narrow < -0.25 < wide < high
+    assert (found["difference_variance"], found["flip_rate"]) == (0.75, 0.75)
 
 
 @pytest.mark.parametrize(

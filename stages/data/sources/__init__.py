@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from models.errors import ConfigError, DataError, Problem
@@ -16,23 +16,26 @@ from stages.data.sources.from_hub import read_hub
 from stages.data.sources.from_table import TABLE_SUFFIXES, columns_of, read_table
 
 
-def read_source(config: DataConfig, modality: str, task: Task) -> Source:
-    """All rows of a source. `modality`: `image`, `text` or `audio`.
+def read_source(config: DataConfig, modality: str, task: Task, slices: Sequence[str] = ()) -> Source:
+    """All rows of a source. `modality`: `image`, `text` or `audio`; `slices`: columns to keep as metadata.
 
     Raises:
-        ConfigError: the source is not there, or of no known kind.
+        ConfigError: the source is not there, or of no known kind, or has no columns and `slices` names some.
         DataError: it cannot be read as labelled examples.
         MissingCapabilityError: a hub data set cannot be had here.
     """
     check_source(config.source, modality)
     prefix, _, name = config.source.partition(":")
+    path = Path(os.path.expanduser(config.source))
+    if slices and (prefix == "demo" or (prefix != "hf" and path.is_dir())):
+        problem = f"names the column {slices[0]!r}, and {config.source} has no columns"
+        raise ConfigError([Problem("validate.slices", problem, "leave it out, or make a table of the data")])
     if prefix == "demo":
         return read_demo(name, task)
     if prefix == "hf":
-        return read_hub(name, config, modality, task)
-    path = Path(os.path.expanduser(config.source))
+        return read_hub(name, config, modality, task, slices)
     try:
-        return read_folder(path, modality, task) if path.is_dir() else read_table(path, config, modality, task)
+        return read_folder(path, modality, task) if path.is_dir() else read_table(path, config, modality, task, slices)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror}") from error
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.errors import DataError
 from models.tasks import Label
@@ -37,6 +37,8 @@ class Row:
     origin: str
     split: SplitName | None = None
     problem: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
+    """(column, value) of the columns that were asked for beside content and label."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,23 @@ def check_columns(place: str, found: Sequence[str], options: dict[str, str]) -> 
             meant = f"did you mean {printable(near)!r}? Set" if near else "set"
             columns = printable(", ".join(found)) or "none"
             raise DataError(f"{place} has no column {column!r}; found {columns}; {meant} data.{option}")
+
+
+def check_slices(place: str, found: Sequence[str], slices: Sequence[str]) -> None:
+    """Raises `DataError` for the first column of `validate.slices` that is not there."""
+    for column in slices:
+        if column not in found:
+            meant = f"did you mean {printable(near)!r}?" if (near := nearest(column, found)) else "leave it out"
+            columns = printable(", ".join(found)) or "none"
+            raise DataError(f"{place} has no column {column!r}, which validate.slices names; found {columns}; {meant}")
+
+
+def metadata_of(record: Mapping[str, Any], slices: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """(column, value) of the columns of `validate.slices`; what says nothing is `(none)`, and long texts are cut."""
+    values = ((column, record.get(column)) for column in slices)
+    return tuple(
+        (column, "(none)" if value is None or value == "" else printable(str(value))[:80]) for column, value in values
+    )
 
 
 def split_of(name: object, place: str) -> SplitName:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from models.errors import ConfigError, DataError, MissingCapabilityError, Problem
 from models.tasks import Task
 from stages.data.config import DataConfig
-from stages.data.sources.base import SPLIT_ALIASES, Row, Source, check_columns, unusable
+from stages.data.sources.base import SPLIT_ALIASES, Row, Source, check_columns, check_slices, metadata_of, unusable
 from stages.data.sources.from_table import NAMES, content_of, label_of, wanted_columns
 
 if TYPE_CHECKING:
     from models.modalities import Single
 
 
-def read_hub(name: str, config: DataConfig, modality: str, task: Task) -> Source:
-    """A data set `<repository>[@<revision>]`, with its splits where it has more than one.
+def read_hub(name: str, config: DataConfig, modality: str, task: Task, slices: Sequence[str] = ()) -> Source:
+    """A data set `<repository>[@<revision>]`, with its splits where it has more than one, and with the columns in
+    `slices` as metadata.
 
     Raises:
         MissingCapabilityError: it cannot be reached from this machine and is not in its cache.
@@ -37,8 +39,8 @@ def read_hub(name: str, config: DataConfig, modality: str, task: Task) -> Source
         if alias is None and not single:
             notes.append(f"left out: the split {split} of hf:{repository}, which is no {', '.join(SPLIT_ALIASES)}")
             continue
-        for row in rows_from_part(part, f"hf:{repository}/{split}", config, modality, task):
-            rows.append(row if single else Row(row.content, row.label, row.origin, alias, row.problem))
+        for row in rows_from_part(part, f"hf:{repository}/{split}", config, modality, task, slices):
+            rows.append(row if single else replace(row, split=alias))
     if not rows:
         raise DataError(f"hf:{name} gives no examples; its splits are {', '.join(known)}")
     return Source(tuple(rows), tuple(notes))
@@ -64,19 +66,23 @@ def load_from_hub(repository: str, revision: str) -> Any:
         ) from error
 
 
-def rows_from_part(part: Any, place: str, config: DataConfig, modality: str, task: Task) -> Iterator[Row]:
+def rows_from_part(
+    part: Any, place: str, config: DataConfig, modality: str, task: Task, slices: Sequence[str]
+) -> Iterator[Row]:
     """The rows of one split, images and recordings still encoded. Raises `DataError` for a missing column."""
     import datasets
 
     options = wanted_columns(config, modality)
     options.pop("split_column", None)  # the data set's own splits are used
     check_columns(place, part.column_names, options)
+    check_slices(place, part.column_names, slices)
     columns = [options[f"{one}_column"] for one in modality.split("-")]
     names = part.features[options["label_column"]]
     for column, kind in product(columns, (datasets.Image, datasets.Audio)):
         if isinstance(part.features[column], kind):
             part = part.cast_column(column, kind(decode=False))
-    part = part.select_columns(list(dict.fromkeys(options.values())))
+    classes = {column: part.features[column] for column in slices}
+    part = part.select_columns(list(dict.fromkeys([*options.values(), *slices])))
     for number, record in enumerate(part):
         origin = f"{place}[{number}]"
         try:
@@ -87,7 +93,9 @@ def rows_from_part(part: Any, place: str, config: DataConfig, modality: str, tas
             )
             if pair := options.get("text_pair_column"):
                 second = [hub_content(record[pair], pair, modality)]
-            yield Row((content, str(second[0])) if second else content, label, origin)
+            values = {column: named(record[column], feature) for column, feature in classes.items()}
+            whole = (content, str(second[0])) if second else content
+            yield Row(whole, label, origin, metadata=metadata_of(values, slices))
         except DataError as error:
             yield unusable(origin, str(error))
 

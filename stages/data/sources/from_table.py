@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from stages.data.sources.base import (
     Row,
     Source,
     check_columns,
+    check_slices,
+    metadata_of,
     printable,
     split_of,
     text_from_bytes,
@@ -40,8 +42,8 @@ class Table:
     records: Iterable[tuple[str, dict[str, Any] | str]]
 
 
-def read_table(path: Path, config: DataConfig, modality: str, task: Task) -> Source:
-    """All rows of a file.
+def read_table(path: Path, config: DataConfig, modality: str, task: Task, slices: Sequence[str] = ()) -> Source:
+    """All rows of a file, with the columns in `slices` as metadata.
 
     Raises:
         DataError: it is not of its kind, a column is not there, or it has no rows.
@@ -49,12 +51,13 @@ def read_table(path: Path, config: DataConfig, modality: str, task: Task) -> Sou
     options = wanted_columns(config, modality)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        table = parquet_table(path, options)
+        table = parquet_table(path, [*options.values(), *slices])
     else:
         text = text_from_bytes(path.read_bytes())
         table = csv_table(text, path) if suffix == ".csv" else jsonl_table(text, path)
     check_columns(str(path), table.columns, options)
-    rows = tuple(rows_from_table(table, path, config, modality, task))
+    check_slices(str(path), table.columns, slices)
+    rows = tuple(rows_from_table(table, path, config, modality, task, slices))
     if not rows:
         raise DataError(f"{path} holds no rows; expected one example a row with {', '.join(options.values())}")
     return Source(rows)
@@ -142,15 +145,15 @@ def record_from_json(line: str) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else f"expected an object with named values, found {line.strip()[:40]}"
 
 
-def parquet_table(path: Path, options: dict[str, str]) -> Table:
+def parquet_table(path: Path, wanted: Sequence[str]) -> Table:
     """A Parquet file; only the wanted columns are read. Raises `DataError` where it is none."""
     import pyarrow
     from pyarrow import parquet
 
     columns = parquet_columns(path)
     try:
-        wanted = [column for column in dict.fromkeys(options.values()) if column in columns]
-        rows = parquet.read_table(path, columns=wanted).to_pylist() if len(wanted) == len(set(options.values())) else []
+        there = all(column in columns for column in wanted)
+        rows = parquet.read_table(path, columns=list(dict.fromkeys(wanted))).to_pylist() if there else []
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     return Table(columns, [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
@@ -167,7 +170,9 @@ def parquet_columns(path: Path) -> list[str]:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str, task: Task) -> Iterator[Row]:
+def rows_from_table(
+    table: Table, path: Path, config: DataConfig, modality: str, task: Task, slices: Sequence[str]
+) -> Iterator[Row]:
     """Each record as a row, or as what is wrong with it."""
     root = path.parent.resolve()
     for place, record in table.records:
@@ -184,7 +189,7 @@ def rows_from_table(table: Table, path: Path, config: DataConfig, modality: str,
         split = split_of(record.get(config.split_column), place) if config.split_column else None
         image = content[0] if isinstance(content, tuple) else content
         origin = printable(str(image)) if isinstance(image, Path) else place
-        yield Row(content, label, origin, split)
+        yield Row(content, label, origin, split, metadata=metadata_of(record, slices))
 
 
 def label_of(value: Any, column: str, task: Task) -> Label:

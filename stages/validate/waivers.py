@@ -1,0 +1,96 @@
+"""Gates that somebody takes on himself: a waiver names who, until when, why, and the very bytes it holds for.
+
+The verdict of a waived gate stays what it is, and every report says that it is waived. A waiver that has expired, or
+holds for other bytes, does nothing, and is said to.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pydantic import Field, field_validator
+
+from models.tasks import TASKS, task_of
+from stages.base import StageConfig
+from stages.gate import GateResult
+
+METRIC_DROPS = tuple(sorted({f"{task_of(name).metric} drop" for name in TASKS}))
+WAIVABLE = (
+    *METRIC_DROPS, "agreement", "SQNR", "cosine", "output error", "flip rate", "ECE increase", "NLL increase",
+    "slice drop", "p95 latency", "size", "speed-up", "peak memory",
+)  # fmt: skip
+"""What says how good a candidate is. That there is evidence at all cannot be waived."""
+
+
+class WaiverConfig(StageConfig):
+    """One gate of one candidate that may fail."""
+
+    gate: str = Field(description="Name of the gate as the report shows it, e.g. agreement.")
+    subject: str = Field(min_length=1, description="What the gate is about: the name of a candidate.")
+    owner: str = Field(min_length=1, description="Who takes it on himself.")
+    reason: str = Field(min_length=1, description="Why.")
+    expires: datetime.date = Field(description="Last day on which it holds, in UTC (YYYY-MM-DD).")
+    digest: str = Field(
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the candidate's file that it holds for, as the report shows it.",
+    )
+
+    @field_validator("gate")
+    @classmethod
+    def refuse_unknown_gates(cls, value: str) -> str:
+        """A waiver of a gate that does not exist would be believed to do something."""
+        if value in WAIVABLE or value.endswith(" drop"):
+            return value
+        raise ValueError(f"there is no gate {value!r} to be waived; expected one of {', '.join(WAIVABLE)}")
+
+    @property
+    def title(self) -> str:
+        """Which gate of what."""
+        return f"{self.gate} of {self.subject}"
+
+    @property
+    def expired(self) -> bool:
+        """Whether its last day is over."""
+        return today() > self.expires
+
+
+def today() -> datetime.date:
+    """The date in UTC."""
+    return datetime.datetime.now(datetime.UTC).date()
+
+
+def waived(result: GateResult, waivers: Sequence[WaiverConfig], digest: str | None) -> GateResult:
+    """The result with the waiver that holds for it, if there is one. `digest`: of the bytes that were measured. A
+    gate without evidence (ERROR) is not waived."""
+    if result.verdict not in ("fail", "inconclusive"):
+        return result
+    for waiver in waivers:
+        same = (waiver.gate, waiver.subject, waiver.digest) == (result.name, result.subject, digest)
+        if same and not waiver.expired:
+            return replace(result, waived=f"by {waiver.owner} until {waiver.expires}: {waiver.reason}")
+    return result
+
+
+def waiver_notes(
+    waivers: Sequence[WaiverConfig], results: Sequence[GateResult], digests: Mapping[str, str | None]
+) -> list[str]:
+    """What became of each waiver. `digests`: candidate → digest of what was measured."""
+    notes = []
+    for waiver in waivers:
+        gate = next((one for one in results if (one.name, one.subject) == (waiver.gate, waiver.subject)), None)
+        if waiver.expired:
+            found = f"expired on {waiver.expires} and does nothing"
+        elif gate is None:
+            found = "is about nothing that was checked, and does nothing"
+        elif waiver.digest != (measured := digests.get(waiver.subject.partition(", ")[0])):
+            found = f"is for other bytes ({waiver.digest[:12]}…) than were measured ({measured}), and does nothing"
+        elif gate.verdict == "pass":
+            found = "is not needed: the gate passed"
+        elif not gate.waived:
+            found = "does nothing: there is no evidence, and that cannot be waived"
+        else:
+            found = f"lets it through ({waiver.owner}, until {waiver.expires}): {waiver.reason}"
+        notes.append(f"waiver for {waiver.title} {found}")
+    return notes
