@@ -127,6 +127,7 @@ def make_config(
                     check_task(spec, config.task)
                 check_launch(config)
                 check_locked_tower(config)
+                check_max_drops(config)
     data, task = values.get("data"), str(values.get("task"))
     # Where feature-extraction could not be told, any modality says whether there is a source at all.
     modality = MODALITY_OF_TASK.get(FEATURES["image"] if task == ANY_FEATURES else task)
@@ -182,6 +183,14 @@ def check_locked_tower(config: PipelineConfig) -> None:
     if config.finetune.locked_tower and MODALITY_OF_TASK[config.task] != "image-text":
         problem = f"a backbone of {config.task} has one tower"
         raise ConfigError([Problem("finetune.locked_tower", problem, "leave finetune.locked_tower out")])
+
+
+def check_max_drops(config: PipelineConfig) -> None:
+    """Raises `ConfigError` for a margin of a metric that the task does not have."""
+    known = task_of(config.task).further_metrics
+    if unknown := [name for name in config.validate_.gates.max_drops if name not in known]:
+        problem = f"{unknown[0]!r} is no other metric of {config.task}"
+        raise ConfigError([Problem("validate.gates.max_drops", problem, f"expected one of {', '.join(known)}")])
 
 
 def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -72,9 +73,13 @@ def words(annotation: Any) -> str:
         return f"list of: {words(parts[0])}"
     if get_origin(annotation) is dict:
         return f"{words(parts[0])}: {words(parts[1])}, any number"
+    if is_model(annotation):
+        return "; ".join(f"{key}: {words(field.annotation)}" for key, field in fields_by_key(annotation).items())
     if parts:
         return " or ".join(words(part) for part in parts)
-    return {str: "text", int: "integer", float: "number", bool: "true, false"}.get(annotation, str(annotation))
+    return {str: "text", int: "integer", float: "number", bool: "true, false", date: "date"}.get(
+        annotation, str(annotation)
+    )
 
 
 def shown(default: Any) -> str:
