@@ -159,7 +159,7 @@ def samples_needed(variance: float, margin: float) -> int | None:
     if margin <= 0:
         return None
     flipless = FLIPLESS_FACTOR * max(1 - margin, 0.0) / margin
-    return max(1, math.ceil(POWER_FACTOR * variance / margin**2), math.ceil(flipless))
+    return max(1, math.ceil(round(POWER_FACTOR * variance / margin**2, 6)), math.ceil(flipless))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pipeline.report.html import render_html
 from pipeline.report.junit import render_junit
 from pipeline.report.markdown import MAX_CHARACTERS, render_markdown
 from pipeline.report.terminal import print_summary
+from stages.gate import stops
 from tests.pipeline.report_run import broken_run, candidate, confusion, gate, gate_failed_run, not_run, passing_run
 
 VOID = {"meta", "br"}
@@ -469,6 +470,60 @@ def test_junit_names_of_a_suite_are_unique() -> None:
     cases = ElementTree.fromstring(render_junit(run)).findall("./testsuite[@name='finetune']/testcase")
     assert [case.get("name") for case in cases] == ["same [network]", "same [network] (2)", "same [network] (3)"]
     assert [case.find("failure") is not None for case in cases] == [False, True, False]
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def with_gate(**changes: Any) -> dict[str, Any]:
+    """A run that passed but for one gate of validate."""
+    run = passing_run()
+    run["stages"][4]["gates"][6] = gate("max_metric_drop", "onnx-int8-static", 0.034, "at most", 0.01) | changes
+    if stops(run["stages"][4]["gates"][6]):
+        run["stages"][4]["status"], run["stages"][5] = "gate-failed", not_run("package")
+        run |= {"status": "gate-failed", "bundle": None}
+    return run
+
+
+WAIVED = "by Ada until 2099-12-31: two queues, one team"
+
+
+@pytest.mark.parametrize(
+    ("changes", "headline", "word", "element"),
+    [
+        ({"verdict": "inconclusive"}, "Not shipped: 1 gate inconclusive", "? inconclusive", "failure"),
+        ({"verdict": "error"}, "Not shipped: 1 gate without evidence", "✗ no evidence", "error"),
+        ({"verdict": "unheard of"}, "Not shipped: 1 gate failed", "✗ fail", "failure"),
+        ({"verdict": "inconclusive", "tolerated": True}, "Ready to ship: onnx-int8-static; 1 gate let through",
+         "? inconclusive let through", "skipped"),
+        ({"verdict": "fail", "waived": WAIVED}, "Ready to ship: onnx-int8-static; 1 gate waived", "✗ fail waived",
+         "skipped"),
+    ],
+)  # fmt: skip
+def test_each_verdict_is_shown_for_what_it_is(changes: dict[str, Any], headline: str, word: str, element: str) -> None:
+    run = with_gate(**changes)
+    facts = Facts(run)
+    page, markdown, junit, printed = Page(render_html(run)).text, *render_all(run)[1:]
+    assert facts.headline == headline and facts.verdict == ("pass" if headline.startswith("Ready") else "fail")
+    assert headline in page and headline.split(":")[0] in markdown and headline in printed
+    assert word in " ".join(page.split())
+    assert "11 of 12 gates passed" in markdown
+    name = "max_metric_drop [onnx-int8-static]"
+    (case,) = [one for one in ElementTree.fromstring(junit).iter("testcase") if one.get("name") == name]
+    (problem,) = case
+    assert problem.tag == element
+    if changes.get("waived"):
+        assert all("two queues" in report for report in (page, markdown, str(problem.get("message")), printed))
+    if changes.get("tolerated"):
+        assert all("on_inconclusive" in report for report in (page, printed, str(problem.get("message"))))
+    if changes["verdict"] in ("fail", "inconclusive", "error"):
+        assert validate_run(run) == []
+
+
+def test_what_is_no_pass_is_listed_before_what_is() -> None:
+    run = with_gate(verdict="fail", waived=WAIVED)
+    text = Page(render_html(run)).text
+    assert text.index("✗ fail") < text.index("✓ pass", text.index("Finding"))
 
 
 # --- files and schema -----------------------------------------------------------------------------

@@ -919,3 +919,45 @@ def test_names_that_say_nothing(names: dict[str, str], said: str) -> None:
 def test_numbers_and_texts_have_no_names(task: Any) -> None:
     with pytest.raises(ConfigError, match=f"labels of {task} are numbers or texts"):
         load_data(DataConfig(source="a.csv", label_names={"a": "x"}), task)
+
+
+# --- slices -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "hub"])
+def test_test_examples_carry_the_columns_that_validate_parts_them_by(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [
+        {"text": f"{label} number {number}", "label": label, "site": ["north", "south"][number % 2], "age": number % 3}
+        for label in ("a", "b")
+        for number in range(20)
+    ]
+    rows[0]["site"] = None
+    if kind == "csv":
+        file = write_csv(tmp_path / "a.csv", [list(row.values()) for row in rows], ("text", "label", "site", "age"))
+    elif kind == "jsonl":
+        file = tmp_path / "a.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        file = tmp_path / "set" / "a.parquet"
+        file.parent.mkdir()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    config = DataConfig(source=f"hf:{file.parent}" if kind == "hub" else str(file))
+    plain, data = load_data(config, TEXTS), load_data(config, TEXTS, ("site", "age"))
+    by_text = {row["text"]: (("site", row["site"] or "(none)"), ("age", str(row["age"]))) for row in rows}
+    assert data["test"] and all(one.metadata == by_text[str(one.content)] for one in data["test"])
+    assert not any(one.metadata for name in ("train", "validation", "calibration") for one in data[name])  # type: ignore[index]
+    same = {name for name in SPLITS if plain.fingerprints[name] == data.fingerprints[name]}
+    assert same == {"train", "validation", "calibration"}  # no stage before validate is made stale
+    with pytest.raises(DataError, match=r"no column 'sight', which validate\.slices names; .*did you mean 'site'\?"):
+        load_data(config, TEXTS, ("sight",))
+
+
+def test_a_folder_and_a_demo_have_no_columns(tmp_path: Path) -> None:
+    image_folder(tmp_path / "a", {"x": 4, "y": 4})
+    for source, task in ((str(tmp_path / "a"), "image-classification"), ("demo:wordnet-topics", TEXTS)):
+        with pytest.raises(ConfigError) as caught:
+            load_data(DataConfig(source=source), task, ("site",))  # type: ignore[arg-type]
+        assert caught.value.problems[0].place == "validate.slices"
