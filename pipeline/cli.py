@@ -421,6 +421,31 @@ def show(
         print_description(description)
 
 
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="The older run's folder, or a bundle.")],
+    after: Annotated[Path, typer.Argument(help="The newer run's folder, or a bundle.")],
+    max_metric_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="How far a metric may fall (0.01 = 1 point). Default: validate.gates.max_metric_drop of the newer.",
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """What changed between two runs: config, data, numbers, gates; 1 where a metric fell past its allowance."""
+    from pipeline.diff import compare, print_difference, read_side
+
+    difference = compare(read_side(before), read_side(after), max_metric_drop)
+    if json_:
+        print_json(difference)
+    else:
+        print_difference(difference)
+    if difference["regressions"]:
+        raise typer.Exit(EXIT_GATE_FAILED)
+
+
 @app.command("report", help="The report of a run in another form, on standard output: what CI shows.")
 def print_report(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.report import validate_run
+from pipeline.report import contradictions, report_schema, validate_run
 from stages import STAGES
 from tests.pipeline.tiny_project import command, environment, make_project, pipeline
 
@@ -59,6 +60,25 @@ def digests_of(project: Path) -> dict[str, str]:
 
 def test_a_copied_run_is_fresh_wherever_it_lies(project: Path) -> None:
     assert set(plan_of(project).values()) == {""}
+
+
+def test_a_run_and_its_bundle_do_not_differ(finished: Path) -> None:
+    done = pipeline("diff", str(RUN), str(RUN / "package" / "bundle"), "--json", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["gates"] == []  # of validate, the only ones that a bundle holds
+    assert {one["change"] for one in found["numbers"]} == {0}
+    assert {one["split"]: one["same"] for one in found["data"]}["test"] is True
+
+
+def test_the_reports_of_a_real_run_hold_their_schemas(finished: Path) -> None:
+    report = json.loads((finished / RUN / "report.json").read_text(encoding="utf-8"))
+    assert contradictions(report, report_schema()) == []
+    assert report["verdict"] == "pass"
+    statement = json.loads((finished / RUN / "test-result.intoto.json").read_text(encoding="utf-8"))
+    assert statement["predicate"]["result"] == "PASSED"
+    for one in statement["subject"]:
+        assert hashlib.sha256((finished / RUN / one["name"]).read_bytes()).hexdigest() == one["digest"]["sha256"]
 
 
 def test_force_runs_what_is_fresh(project: Path) -> None:
