@@ -186,7 +186,21 @@ def print_plan(runner: Runner, names: list[str], as_json: bool) -> None:
         print_json([vars(decision) for decision in plan])
         return
     for decision in plan:
-        echo(f"{decision.stage:<12}{'fresh' if decision.fresh else 'runs':<7}{decision.reason}")
+        say(f"{decision.stage:<12}{'fresh' if decision.fresh else 'runs':<7}{decision.reason}")
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print what may hold names from outside: none of them is an order to the terminal or to a CI log."""
+    from pipeline.report.markup import log_text
+
+    echo(log_text(text), err)
+
+
+def fields(*values: object) -> str:
+    """Values with a tab between them, of which none holds a tab or a line break."""
+    from pipeline.report.markup import field_text
+
+    return "\t".join(map(field_text, values))
 
 
 def echo(text: str, err: bool = False) -> None:
@@ -199,7 +213,9 @@ def echo(text: str, err: bool = False) -> None:
 
 def print_json(value: Any) -> None:
     """A value as JSON on standard output."""
-    echo(json.dumps(value, indent=2, ensure_ascii=False))
+    from pipeline.report.markup import json_text
+
+    echo(json_text(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 @app.command()
@@ -318,7 +334,7 @@ def predict(
             print_json(rows)
             return
         for item, one in zip(words, answers, strict=True):
-            echo(f"{one.label}\t{one.score:.4f}\t{item}")
+            echo(fields(one.label, f"{one.score:.4f}", item))
 
 
 def check_writable(file: Path) -> None:
@@ -347,7 +363,7 @@ def print_embeddings(inputs: list[str], vectors: list[tuple[float, ...]], output
             raise ConfigError([Problem(f"--output {output}", problem, "name another file")]) from error
     elif not as_json:
         for item, vector in zip(inputs, vectors, strict=True):
-            echo(f"{' '.join(f'{value:.6g}' for value in vector)}\t{item}")
+            echo(fields(" ".join(f"{value:.6g}" for value in vector), item))
     if as_json:
         rows = [{"input": item, "embedding": vector} for item, vector in zip(inputs, vectors, strict=True)]
         print_json(rows)
@@ -364,7 +380,7 @@ def print_nearest(images: list[str], texts: list[str], near: Any, as_json: bool)
         )
         return
     for item, text, row in zip(images, best, found, strict=True):
-        echo(f"{text}\t{row[text]:.4f}\t{item}")
+        echo(fields(text, f"{row[text]:.4f}", item))
 
 
 @app.command()
@@ -401,7 +417,7 @@ def verify(
         print_json({"ok": report.ok, "checks": rows})
     else:
         for check in report.checks:
-            echo(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.message}")
+            say(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.message}")
     if not report.ok:
         raise typer.Exit(EXIT_GATE_FAILED)
 
@@ -539,12 +555,12 @@ def report(error: Exception, as_json: bool) -> int:
         count = len(error.problems)
         echo(f"error: {count} problem{'s' * (count > 1)}; nothing was run", err=True)
         for problem in error.problems:
-            echo(f"  {problem}", err=True)
+            say(f"  {problem}", err=True)
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN_PACKAGES:
         error = missing_package(error)
         echo(f"error: {error}", err=True)
     elif isinstance(error, PipelineError):
-        echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
     else:
         traceback.print_exception(error)
         echo("error: this is a defect of the pipeline, not of your input; please report it", err=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from models.errors import ConfigError, Problem
 from pipeline.record import read_run
+from pipeline.report.markup import field_text
 from stages.artifact import Artifact, read_artifact, verify_files
 from stages.gate import outcome_of
 
@@ -55,6 +56,7 @@ def print_description(description: dict[str, Any]) -> None:
     """Print a description for a person."""
     from rich.console import Console
 
+    description = made_safe(description)
     console = Console()
     kind = description["kind"]
     if kind == "run":
@@ -65,6 +67,15 @@ def print_description(description: dict[str, Any]) -> None:
         return
     console.print(f"[bold]{kind}[/bold]", description["path"], highlight=False)
     print_values(console, {key: value for key, value in description.items() if key not in ("kind", "path")}, 1)
+
+
+def made_safe(value: Any) -> Any:
+    """The same values with every text on one line, giving no orders to a terminal or to a CI log."""
+    if isinstance(value, dict):
+        return {made_safe(key): made_safe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [made_safe(item) for item in value]
+    return field_text(value) if isinstance(value, str) else value
 
 
 def print_lineage(run: dict[str, Any], console: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.progress import BarProgress, LineProgress, QuietProgress
+from pipeline.report.markup import log_text
 from stages.base import Progress
 
 LIBRARY_LOGGERS = (
@@ -26,10 +27,18 @@ LIBRARY_LOGGERS = (
 )
 
 
+class SafeFormatter(logging.Formatter):
+    """Names of labels and files, and what libraries say of them, give no orders to a terminal or to a CI log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, every line of it made safe."""
+        return log_text(super().format(record))
+
+
 def configure_logging(quiet: bool, verbose: bool) -> logging.Logger:
     """The project's logger on standard error; libraries speak only when `verbose`."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(SafeFormatter("%(message)s"))
     log = logging.getLogger("pipeline")
     log.handlers[:] = [handler]
     log.propagate = False

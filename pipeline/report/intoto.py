@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from pipeline.report.facts import Facts, mapping, records, sequence
+from pipeline.report.markup import json_text
 from pipeline.report.verdicts import Tests
 from stages.artifact import digest_of
 
@@ -52,7 +53,7 @@ def render_statement(run: dict[str, Any]) -> str:
             "failedTests": failed,
         },
     }
-    return json.dumps(statement, indent=2, ensure_ascii=True) + "\n"
+    return json_text(json.dumps(statement, indent=2)) + "\n"
 
 
 def subjects_of(facts: Facts) -> list[dict[str, Any]]:

@@ -20,10 +20,10 @@ MARKDOWN_SPECIAL = re.compile(r"[&<>|\\`*\[\]#~@$]|:(?=\S)|(?<![^\W_])_|_(?![^\W
 
 
 WORKFLOW_COMMAND = re.compile(
-    r"::(?=(error|warning|notice|debug|group|endgroup|add-|set-|save-state|stop-commands|remove-matcher|echo))|##(?=\[)",
+    r"::(?=(error|warning|notice|debug|group|endgroup|add-|set-|save-state|stop-commands|remove-matcher|echo))|##(?=\w*\[)",
     re.IGNORECASE,
 )
-"""How GitHub Actions and Azure Pipelines recognise a command in a log; `aten::conv2d` is none."""
+"""How GitHub Actions, Azure Pipelines and TeamCity recognise a command in a log; `aten::conv2d` is none."""
 
 
 class Html(str):
@@ -77,4 +77,26 @@ def markdown_text(value: object, limit: int = 160) -> str:
 
 def terminal_text(value: object, limit: int = 160) -> str:
     """One line that no CI log takes for a workflow command (`::error::`, `##[error]`)."""
-    return WORKFLOW_COMMAND.sub(lambda match: "\u200b".join(match.group()) + "\u200b", shorten(value, limit))
+    return defused(shorten(value, limit))
+
+
+def log_text(value: object) -> str:
+    """Lines as they are, of which none is a workflow command or changes what a terminal shows."""
+    return "\n".join(defused(clean(line)) for line in str(value).splitlines())
+
+
+def field_text(value: object) -> str:
+    """The whole of a value as a field of a line: no line breaks, no tabs, else as `log_text`."""
+    return defused(re.sub(r"[\t\r\n]", " ", clean(value)))
+
+
+def defused(line: str) -> str:
+    """A line whose workflow commands are parted by a zero-width space."""
+    return WORKFLOW_COMMAND.sub(lambda match: "\u200b".join(match.group()) + "\u200b", line)
+
+
+def json_text(text: str) -> str:
+    """JSON that says the same in other escapes: nothing in it is a workflow command, an order to a terminal, or a
+    character that UTF-8 cannot hold. JSON itself has none of these outside of its strings."""
+    text = WORKFLOW_COMMAND.sub(lambda match: f"\\u{ord(match.group()[0]):04x}{match.group()[1:]}", text)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)

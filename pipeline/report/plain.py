@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from pipeline.report.facts import Facts, number, sequence
+from pipeline.report.markup import json_text
 from pipeline.report.verdicts import Checked, Tests
 
 SCHEMA_VERSION = 1
@@ -46,7 +47,7 @@ def render_plain(run: dict[str, Any]) -> str:
         "bundle": bundle_values(facts),
         "notes": [{"from": source, "text": note} for source, note in facts.notes],
     }
-    return json.dumps(report, indent=2, ensure_ascii=True) + "\n"
+    return json_text(json.dumps(report, indent=2)) + "\n"
 
 
 def gate_values(gate: Checked) -> dict[str, Any]:
