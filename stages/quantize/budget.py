@@ -67,6 +67,7 @@ def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate
         "float_modules": modules_of(bench, list(harm)[:count] + floats),
         "tried": [point_of(one, tried[one]) for one in sorted(tried)],
         "sensitivity": sensitivity_of(bench, harm),
+        "repairs": list(plan.repairs),
     }
     return keep_or_leave_out(bench, target, measured, scheme)
 

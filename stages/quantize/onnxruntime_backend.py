@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,17 @@ from stages.quantize.calibration import BATCH_SIZES, calibrate_ranges
 from stages.quantize.fp8 import fp8_from_int8
 from stages.quantize.int4 import BlockForm, blockwise_nodes, quantize_blocks
 from stages.quantize.qdq import Form, Layout, compute_nodes, quantizable_nodes, quantize_graph
-from stages.quantize.schemes import Backend, Plan
+from stages.quantize.repairs import outcome_in_words, repaired
+from stages.quantize.schemes import Backend, Plan, Scheme, Variant
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     from onnxruntime.quantization.calibrate import TensorsData
 
 CONSTANT_PRODUCTS = "convolution or product with constant weights"
 CONSTANT_MATRICES = "MatMul with constant weights"
+SCHEME_OF: dict[Layout, Scheme] = {"onnxruntime": "int8-static", "tensorrt": "int8-symmetric"}
 
 
 def plan_dynamic(bench: Workbench) -> Plan:
@@ -49,19 +53,26 @@ def quantize_dynamically(bench: Workbench, floats: Collection[str]) -> onnx.Mode
     return onnx.load(str(target))
 
 
-def plan_static(bench: Workbench, layout: Layout) -> Plan:
-    """INT8 by quantize-dequantize pairs, with ranges from the calibration split."""
+def plan_static(bench: Workbench, layout: Layout, repairs: bool = True) -> Plan:
+    """INT8 by quantize-dequantize pairs, with ranges from the calibration split, and the repairs asked for."""
     nodes = [node.name for node in quantizable_nodes(bench.model, layout)]
     if not nodes:
         return Plan(nodes, lambda floats: bench.model, CONSTANT_PRODUCTS)
-    ranges = calibrate(bench, layout)
     form = Form(layout, bench.config.reduce_range)
-    return Plan(nodes, partial(quantize_graph, bench.model, ranges, form), CONSTANT_PRODUCTS)
+
+    def quantized(model: onnx.ModelProto) -> Variant:
+        return partial(quantize_graph, model, calibrate(replace(bench, model=model), layout), form)
+
+    asked = bench.config.repairs if repairs else ()
+    variant, outcomes = repaired(bench.model, asked, quantized, partial(run_calibration, bench))
+    for one in outcomes:
+        bench.context.log.info("           %s: %s", SCHEME_OF[layout], outcome_in_words(one))
+    return Plan(nodes, variant, CONSTANT_PRODUCTS, outcomes)
 
 
 def plan_fp8(bench: Workbench) -> Plan:
     """FP8 where the symmetric scheme has INT8: a scale a tensor for activations and a channel for weights."""
-    symmetric = plan_static(bench, "tensorrt")
+    symmetric = plan_static(bench, "tensorrt", repairs=False)  # the weights in FP8 are those of the graph as it was
 
     def variant(floats: Collection[str]) -> onnx.ModelProto:
         return fp8_from_int8(symmetric.variant(floats), bench.model)
@@ -106,3 +117,11 @@ def calibrate(bench: Workbench, layout: Layout) -> TensorsData:
         except quantizer_errors() as error:
             message = f"calibration: {error}; go without the static schemes (quantize.schemes)"
             raise QuantizeError(message) from error
+
+
+def run_calibration(bench: Workbench, model: onnx.ModelProto) -> Iterator[dict[str, np.ndarray]]:
+    """The outputs of a graph over the calibration examples, one at a time."""
+    from stages.inputs import batches
+
+    examples = bench.context.data["calibration"][: bench.config.calibration_samples]
+    return bench.run(model, (arrays for arrays, _ in batches(bench.checkpoint.processing, examples, 1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages.candidates import Precision
 
@@ -22,11 +22,12 @@ Variant = Callable[[Collection[str]], "onnx.ModelProto"]
 @dataclass(frozen=True)
 class Plan:
     """What a backend makes of a scheme: the nodes that it quantizes, in graph order, and the variants. `what` names
-    what the scheme quantizes, for the case that there is none of it."""
+    what the scheme quantizes, for the case that there is none of it; `repairs` is what repairs did before."""
 
     nodes: Sequence[str]
     variant: Variant
     what: str
+    repairs: Sequence[dict[str, Any]] = ()
 
 
 Backend = Mapping[Scheme, Callable[["Workbench"], Plan]]

@@ -33,9 +33,11 @@ from stages.data.splits import SplitName
 from stages.engines import ENGINE_PACKAGES, EngineReport, asked_engines, build_engines
 from stages.gate import Gate, GateResult
 from stages.quantize import onnxruntime_backend
+from stages.quantize.advice import advice_of
 from stages.quantize.bench import BATCH_SIZE, Workbench, one_example, quantizer_errors
 from stages.quantize.budget import search_precisions
 from stages.quantize.calibration import Method
+from stages.quantize.repairs import Repair
 from stages.quantize.schemes import Backend, Scheme
 
 if TYPE_CHECKING:
@@ -83,6 +85,12 @@ class QuantizeConfig(StageConfig):
         default="auto",
         description="All schemes but int8-dynamic: auto keeps the most sensitive nodes in floating point, as few as "
         "the budget needs; none tries the plain scheme only.",
+    )
+    repairs: tuple[Repair, ...] = Field(
+        default=(),
+        description="Static INT8 schemes: smooth moves outlying channels from what layer norms give into weights "
+        "(SmoothQuant); bias-correction adds the mean error of every quantized node to its bias. Each is kept where it "
+        "lowers the error on calibration examples.",
     )
     max_metric_drop: float = Field(
         default=0.01,
@@ -157,7 +165,8 @@ class Quantize:
         engines = engines_of(context, bench.checkpoint, candidates) if candidates else EngineReport()
         if engines.engines or engines.left_out:
             measurements |= engines.summary()
-        return StageResult(gates, measurements, (*map(note_of, candidates), *engines.notes()))
+        notes = (*map(note_of, candidates), *advice_of(candidates), *engines.notes())
+        return StageResult(gates, measurements, notes)
 
 
 def engines_of(context: StageContext, checkpoint: Checkpoint, candidates: Sequence[Candidate]) -> EngineReport:
@@ -172,7 +181,8 @@ def engines_of(context: StageContext, checkpoint: Checkpoint, candidates: Sequen
 def gate_of(candidates: Sequence[Candidate], samples: int) -> GateResult:
     """At least one candidate is inside its budget."""
     accepted = sum(candidate.accepted for candidate in candidates)
-    left_out = "; ".join(f"{one.name}: {one.reason}" for one in candidates if not one.accepted)
+    reasons = [f"{one.name}: {one.reason}" for one in candidates if not one.accepted]
+    left_out = "; ".join((*reasons, *(() if accepted else advice_of(candidates))))
     gate = Gate("lower precision inside its budget", "at least", 1.0, "candidates")
     return gate.check("quantize", float(accepted), samples, left_out)
 
