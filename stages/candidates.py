@@ -18,13 +18,14 @@ CANDIDATES_FILE = "candidates.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 """What a file is called. What its arithmetic is in is measured: `mac_shares`."""
 
-FLOATS = ("fp32", "fp16")
+FLOATS = ("fp32", "fp16", "bf16")
 """Precisions that lose next to nothing: what has fewer bits must be better than these at what is asked for."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One file that could be shipped. `reason` says why it is not accepted; then there is no file."""
+    """One file that could be shipped. `reason` says why it is not accepted; then there is no file, but where only this
+    machine does not run it (`runs_here`): engines are built of it, and nothing else comes of it."""
 
     name: str
     file: str
@@ -33,6 +34,7 @@ class Candidate:
     runtime: Literal["onnxruntime"] = "onnxruntime"
     accepted: bool = True
     reason: str = ""
+    runs_here: bool = True
     measurements: dict[str, Any] = field(default_factory=dict)
 
     def path(self, artifact: Artifact) -> Path:

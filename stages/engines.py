@@ -42,7 +42,7 @@ ENGINE_PACKAGES = ("tensorrt-rtx-cu13", "tensorrt")
 BATCH_PROFILE = (1, 8, 32)
 """Smallest, usual and largest batch that an engine takes, where export.profile says nothing."""
 
-ENGINE_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2}
+ENGINE_TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 ENGINE_TOLERANCE_INT8 = 5e-2
 """How far an engine, or the mended graph that it is built from, may be from its candidate, as a share of the range of
 the outputs: export's ceilings of its precision, and for fewer bits what package allows another device. Where products
@@ -238,7 +238,8 @@ def build_engines(
     candidates: Iterable[Candidate],
     inputs: Sequence[Mapping[str, np.ndarray]],
 ) -> EngineReport:
-    """Check every accepted candidate against every target, mend what can be mended, build, and write `engines.json`.
+    """Check every candidate that is accepted, or only does not run here, against every target, mend what can be mended,
+    build, and write `engines.json`.
 
     `inputs` are preprocessed batches: a mended graph must answer them as the candidate does.
 
@@ -249,9 +250,9 @@ def build_engines(
     folder = context.output / ENGINES_FOLDER
     folder.mkdir()
     parts = []
-    accepted = [candidate for candidate in candidates if candidate.accepted]
-    with context.progress.task("engines", len(accepted)) as advance:
-        for candidate in accepted:
+    there = [candidate for candidate in candidates if candidate.accepted or not candidate.runs_here]
+    with context.progress.task("engines", len(there)) as advance:
+        for candidate in there:
             parts.append(engines_of(context, request, candidate, inputs))
             advance()
     report = EngineReport(

@@ -217,11 +217,12 @@ class Facts:
 
     @cached_property
     def left_out(self) -> list[tuple[str, str, str]]:
-        """(stage, candidate, reason): outside quantize's budget, or above a limit of validate."""
+        """(stage, candidate, reason): does not run here, is outside quantize's budget, or above a limit."""
         none = "no reason recorded"
         found = [
-            ("quantize", str(item.get("name") or ""), str(item.get("reason") or none))
-            for item in records(self.measured("quantize").get("candidates"))
+            (stage, str(item.get("name") or ""), str(item.get("reason") or none))
+            for stage in ("export", "quantize")
+            for item in records(self.measured(stage).get("candidates"))
             if item.get("accepted") is False
         ]
         for item in records(self.measured("validate").get("candidates")):

@@ -1,9 +1,11 @@
 """export: the merged network as ONNX, with dynamic batch and length, proven at shapes other than the exported one.
 
 Reads: merge-lora's `checkpoint/`.
-Writes: `onnx-fp32.onnx`, `onnx-fp16.onnx` where asked for, `candidates.json`; `engines.json` and `engines/` where
-engines are asked for.
-Gates: parity with the unpatched PyTorch network at every tried shape, per precision.
+Writes: `onnx-fp32.onnx`, `onnx-fp16.onnx` and `onnx-bf16.onnx` where asked for, `candidates.json`; `engines.json` and
+`engines/` where engines are asked for.
+Gates: parity with the unpatched PyTorch network at every tried shape, per precision. A file that ONNX Runtime does not
+run here (BF16 on a CPU) is compared by its stand-in, built into engines, and left out of what can ship: no evidence is
+never a pass.
 Fails when: the network cannot be exported, the graph is not valid, an axis was frozen, or a target takes no engine.
 """
 
@@ -12,13 +14,15 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from models.engines.targets import target_of
-from models.graph import products_of, shares_of
+from models.errors import RuntimeInferenceError
+from models.graph import Product, products_of, shares_of
 from models.onnx_files import save_graph, size_of_file
 from stages.base import (
     NETWORK_PACKAGES,
@@ -29,7 +33,7 @@ from stages.base import (
     StageContext,
     StageResult,
 )
-from stages.candidates import Candidate, Precision, check_label, write_candidates
+from stages.candidates import Candidate, check_label, write_candidates
 from stages.data.splits import SplitName
 from stages.engines import (
     ENGINE_PACKAGES,
@@ -48,15 +52,23 @@ from stages.export.parity import (
     shape_errors,
     tried_inputs,
 )
-from stages.export.precisions import fp16_from_fp32
+from stages.export.precisions import CONVERTERS, FloatPrecision, rounded_in_fp32, types_of
 from stages.gate import GateResult
+
+if TYPE_CHECKING:
+    import onnx
 
 NOISE_FACTOR = 20.0
 FP32_CEILING = 1e-3
 FP16_CEILING = 2e-2
+BF16_CEILING = 1e-1
 """Tolerances relative to the logit range. fp32: `NOISE_FACTOR` × the measured noise floor (fp32 against fp64
 in PyTorch), never above `FP32_CEILING`, which holds alone where the network does not run in fp64. fp16: its unit
-roundoff is 2⁻¹¹ ≈ 4.9e-4; over some fifty layers errors add up to a percent, measured .2–.9 % on the two recipes."""
+roundoff is 2⁻¹¹ ≈ 4.9e-4; over some fifty layers errors add up to a percent, measured .2–.9 % on the two recipes.
+bf16: its unit roundoff is eight times as large; measured .5 and 3.3 % by rounding on the CPU."""
+
+BFLOAT16 = 16
+"""`onnx.TensorProto.BFLOAT16`."""
 
 MINIMUM_FLOOR = 1e-6
 """The noise floor is not taken below this: fp32's own roundoff is 6e-8 and a kernel sums thousands of terms."""
@@ -84,8 +96,12 @@ class ExportConfig(StageConfig):
     engine_build: EngineBuildConfig = Field(
         default_factory=EngineBuildConfig, description="Limits and options of building engines."
     )
-    precisions: tuple[Literal["fp32", "fp16"], ...] = Field(
-        default=("fp32", "fp16"), min_length=1, description="Precisions of the ONNX files; fp32 is always made."
+    precisions: tuple[FloatPrecision, ...] = Field(
+        default=("fp32", "fp16"),
+        min_length=1,
+        description="Precisions of the ONNX files; fp32 is "
+        "always made. bf16 (opset 22, norms and softmax in FP32) needs a GPU to run: without one only its engines are "
+        "built.",
     )
     opset: int = Field(
         default=20, ge=18, le=23, description="ONNX opset (number); lowered to what the targets read, JetPack 6 20."
@@ -96,6 +112,17 @@ class ExportConfig(StageConfig):
     max_relative_error_fp16: float = Field(
         default=FP16_CEILING, gt=0, description="Tolerance of fp16, as a share of the logit range (ratio)."
     )
+    max_relative_error_bf16: float = Field(
+        default=BF16_CEILING, gt=0, description="Tolerance of bf16, as a share of the logit range (ratio)."
+    )
+
+    def tolerance_of(self, precision: FloatPrecision) -> float:
+        """Of a precision, as a share of the logit range."""
+        return {
+            "fp32": self.max_relative_error_fp32,
+            "fp16": self.max_relative_error_fp16,
+            "bf16": self.max_relative_error_bf16,
+        }[precision]
 
     @field_validator("targets")
     @classmethod
@@ -161,20 +188,21 @@ class Export:
         single = checkpoint.processing.arrays(contents_of(context, 1))
         gates: list[GateResult] = []
         candidates = []
-        for precision in sorted({"fp32", *config.precisions}, reverse=True):
+        for precision in (one for one in CONVERTERS if one in ("fp32", *config.precisions)):
             path = context.output / f"onnx-{precision}.onnx"
-            save_graph(model if precision == "fp32" else fp16_from_fp32(model, context.output), path)
+            converted = CONVERTERS[precision](model, context.output)
+            save_graph(converted, path)
             check_graph(path, checkpoint.spec.io)
-            shares = shares_of(products_of(path, single, context.threads))
+            ran, problem = file_to_run(path, precision, converted, context)
+            products = products_of(ran, single, context.threads)
+            shares = shares_of(as_in(converted, products) if problem else products)
             check_label(path.stem, precision, shares)
-            errors = shape_errors(path, shapes, reference, context.threads)
-            tolerance = config.max_relative_error_fp16
-            if precision == "fp32":
-                tolerance = config.max_relative_error_fp32
-                if floor is not None:
-                    tolerance = min(tolerance, NOISE_FACTOR * max(floor / scale, MINIMUM_FLOOR))
+            errors = shape_errors(ran, shapes, reference, context.threads)
+            tolerance = config.tolerance_of(precision)
+            if precision == "fp32" and floor is not None:
+                tolerance = min(tolerance, NOISE_FACTOR * max(floor / scale, MINIMUM_FLOOR))
             gates += parity_gates(f"onnx-{precision}", errors, tolerance, scale, floor)
-            candidates.append(describe(path, precision, errors, tolerance, scale, shares))
+            candidates.append(describe(path, precision, errors, tolerance, scale, shares, problem))
         write_candidates(context.output, candidates)
         measurements = {
             "candidates": [candidate.summary() for candidate in candidates],
@@ -183,7 +211,11 @@ class Export:
             "logit_range": scale,
             "attention": attention,
         }
-        notes = [f"{one.name}: {one.size_bytes / 1e6:.1f} MB, parity at {len(shapes)} shapes" for one in candidates]
+        notes = [
+            f"{one.name}: {one.size_bytes / 1e6:.1f} MB, parity at {len(shapes)} shapes"
+            + f"; left out: {one.reason}" * (not one.accepted)
+            for one in candidates
+        ]
         if floor is None:
             notes.append("the network does not run in fp64, so the noise floor is not known: the ceiling holds")
         if attention == "plain":
@@ -203,19 +235,47 @@ def opset_for(asked: int, targets: Sequence[str]) -> int:
     return min([asked, *(limit for name in targets if (limit := target_of(name).max_opset))])
 
 
+def file_to_run(
+    path: Path, precision: FloatPrecision, model: onnx.ModelProto, context: StageContext
+) -> tuple[Path, str]:
+    """(the file itself, nothing) where ONNX Runtime runs it; of BF16 else (a stand-in in FP32 that rounds, why)."""
+    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+
+    if precision != "bf16":
+        return path, ""
+    try:
+        with OnnxRuntimeSession(path, threads=context.threads):
+            return path, ""
+    except RuntimeInferenceError as error:
+        stand_in = context.resume / f"{path.stem}-rounded.onnx"
+        save_graph(rounded_in_fp32(model), stand_in)
+        return stand_in, f"ONNX Runtime does not run BF16 here, so that nothing measures the file itself: {error}"
+
+
+def as_in(model: onnx.ModelProto, products: Sequence[Product]) -> list[Product]:
+    """The products of a stand-in, with their precisions as `model` has them."""
+    types = types_of(model)
+    halved = {node.name for node in model.graph.node if types[node.output[0]] == BFLOAT16}
+    return [replace(one, precision="bf16") if one.node in halved else one for one in products]
+
+
 def describe(
     path: Path,
-    precision: Precision,
+    precision: FloatPrecision,
     errors: Sequence[tuple[str, float]],
     tolerance: float,
     scale: float,
     shares: dict[str, float],
+    problem: str,
 ) -> Candidate:
-    """The candidate with what was measured."""
+    """The candidate with what was measured; `problem` says why the file itself does not run here."""
     measurements = {
         "max_abs_error": max((error for _, error in errors if math.isfinite(error)), default=None),
         "tolerance": tolerance * scale,
         "shapes_tried": [shape for shape, _ in errors],
         "mac_shares": shares,
     }
-    return Candidate(f"onnx-{precision}", path.name, precision, size_of_file(path), measurements=measurements)
+    return Candidate(
+        path.stem, path.name, precision, size_of_file(path), accepted=not problem, reason=problem,
+        runs_here=not problem, measurements=measurements,
+    )  # fmt: skip

@@ -59,4 +59,4 @@ def keep_relus(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "Relu" and node.output[0] in read:
             node.op_type = "Clip"
-            node.input.append(add_constant(model, "relu_from", np.float32(0.0)))
+            node.input.append(add_constant(model, "relu_from", np.zeros((), np.float32)))

@@ -105,6 +105,11 @@ class GatesConfig(StageConfig):
         gt=0,
         description="Largest output error of fp16 as a share of the reference's range (ratio).",
     )
+    max_relative_error_bf16: float = Field(
+        default=1e-1,
+        gt=0,
+        description="Largest output error of bf16 as a share of the reference's range (ratio).",
+    )
     min_sqnr_db: float = Field(
         default=10.0,
         description="Smallest signal-to-quantization-noise ratio of any candidate (dB). Halved logits, which keep "
@@ -159,6 +164,15 @@ class GatesConfig(StageConfig):
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError(f"found {value}; expected a share of the reference's metric above 0, at most 1")
         return value
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """Precision in floating point → the largest error as a share of the reference's range."""
+        return {
+            "fp32": self.max_relative_error_fp32,
+            "fp16": self.max_relative_error_fp16,
+            "bf16": self.max_relative_error_bf16,
+        }
 
     def agreement_of(self, precision: str) -> float:
         """The share of samples that a candidate of this precision must agree on."""

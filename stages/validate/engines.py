@@ -68,7 +68,7 @@ def add_receipts(engines: list[dict[str, Any]], candidates: Sequence[dict[str, A
                 f"{path} is about another {what} than this run's {receipt.engine}: its SHA-256 differs"
             )
         check_version(path, receipt, target_of(receipt.target))
-        error, span = receipt.max_abs_error, ranges[entry["candidate"]]
+        error, span = receipt.max_abs_error, ranges.get(entry["candidate"])  # none where it does not run here
         share = error / span if error is not None and span else None
         entry["receipts"][receipt.target] = {"kind": "receipt", **receipt.to_dict(), "relative_error": share}
 

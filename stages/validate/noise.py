@@ -42,12 +42,12 @@ class NoiseFloor:
         """The floor."""
         return max(self.batch, self.threads, self.fp64 or 0.0)
 
-    def tolerances(self, fp32_ceiling: float, fp16_ceiling: float) -> dict[str, tuple[float, str]]:
+    def tolerances(self, ceilings: Mapping[str, float]) -> dict[str, tuple[float, str]]:
         """Precision → (tolerance, where it is from). Of fp16, whose unit is 2¹³ that of fp32, twenty times the smallest
-        floor is above any useful ceiling, which holds alone."""
-        floor = max(self.largest, MINIMUM_FLOOR)
-        words = f"noise floor {self.largest:.2g}, ceiling {fp32_ceiling:.2g}"
-        return {"fp32": (min(fp32_ceiling, NOISE_FACTOR * floor), words), "fp16": (fp16_ceiling, "the ceiling")}
+        floor is above any useful ceiling, which holds alone; so of bf16."""
+        tolerance = min(ceilings["fp32"], NOISE_FACTOR * max(self.largest, MINIMUM_FLOOR))
+        words = f"noise floor {self.largest:.2g}, ceiling {ceilings['fp32']:.2g}"
+        return {name: (ceiling, "the ceiling") for name, ceiling in ceilings.items()} | {"fp32": (tolerance, words)}
 
     def to_dict(self) -> dict[str, Any]:
         """For the evidence."""

@@ -313,7 +313,7 @@ def scene_of(
     """What every candidate is judged by."""
     tolerances = ceilings_of(gates)
     if floor:
-        tolerances = floor.tolerances(gates.max_relative_error_fp32, gates.max_relative_error_fp16)
+        tolerances = floor.tolerances(gates.ceilings)
     return Scene(
         samples=evidence["samples"],
         metric=evidence["metric_name"],
@@ -326,8 +326,7 @@ def scene_of(
 
 def ceilings_of(gates: GatesConfig) -> dict[str, tuple[float, str]]:
     """Precision → the tolerance where no noise floor is known, and why it is that."""
-    ceilings = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
-    return {name: (value, "the ceiling: the noise floor is not known") for name, value in ceilings.items()}
+    return {name: (value, "the ceiling: the noise floor is not known") for name, value in gates.ceilings.items()}
 
 
 def targets_of(context: StageContext, checkpoint: Checkpoint) -> np.ndarray:

@@ -345,10 +345,10 @@ def test_losses_count_as_drops_whatever_the_direction_of_a_metric() -> None:
 
 def test_the_tolerance_follows_the_noise_below_its_ceiling() -> None:
     quiet, loud = (NoiseFloor(32, noise, 0.0, None) for noise in (2e-6, 1e-3))
-    assert quiet.tolerances(1e-3, 2e-2)["fp32"][0] == pytest.approx(4e-5)
-    assert loud.tolerances(1e-3, 2e-2)["fp32"][0] == 1e-3
-    assert NoiseFloor(32, 0.0, 0.0, 0.0).tolerances(1e-3, 2e-2)["fp32"][0] == pytest.approx(2e-5)
-    assert quiet.tolerances(1e-3, 2e-2)["fp16"][0] == 2e-2
+    assert quiet.tolerances({"fp32": 1e-3, "fp16": 2e-2})["fp32"][0] == pytest.approx(4e-5)
+    assert loud.tolerances({"fp32": 1e-3, "fp16": 2e-2})["fp32"][0] == 1e-3
+    assert NoiseFloor(32, 0.0, 0.0, 0.0).tolerances({"fp32": 1e-3, "fp16": 2e-2})["fp32"][0] == pytest.approx(2e-5)
+    assert quiet.tolerances({"fp32": 1e-3, "fp16": 2e-2})["fp16"][0] == 2e-2
 
 
 def test_the_plan_takes_the_flips_of_the_validation_split(tmp_path: Path) -> None:
