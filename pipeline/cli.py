@@ -35,7 +35,7 @@ STAGE_HELP = {
     "finetune": "Adapt the backbone to the data: an adapter or a checkpoint.",
     "merge-lora": "Fold the adapter into the base weights and prove that nothing changed.",
     "export": "Write the network as ONNX and prove parity at other shapes.",
-    "quantize": "Make INT8 candidates that stay inside their budget.",
+    "quantize": "Make candidates of lower precision that stay inside their budget.",
     "validate": "Measure every candidate against PyTorch on the test split and check the gates.",
     "package": "Pack the candidate that passed into a bundle.",
 }

@@ -1,4 +1,4 @@
-"""quantize: INT8 candidates that stay inside their budget."""
+"""quantize: candidates of lower precision that stay inside their budget."""
 
 from stages.quantize.stage import Quantize, QuantizeConfig
 

@@ -10,11 +10,11 @@ Fails when: the quantizer refuses the graph or leaves it as it was, or calibrati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.errors import QuantizeError
 from models.graph import carry_modules, products_of
@@ -32,7 +32,7 @@ from stages.candidates import Candidate, Precision, write_candidates
 from stages.data.splits import SplitName
 from stages.engines import ENGINE_PACKAGES, EngineReport, asked_engines, build_engines
 from stages.gate import Gate, GateResult
-from stages.quantize import onnxruntime_backend
+from stages.quantize import modelopt_backend, onnxruntime_backend
 from stages.quantize.advice import advice_of
 from stages.quantize.bench import BATCH_SIZE, Workbench, one_example, quantizer_errors
 from stages.quantize.budget import search_precisions
@@ -49,6 +49,9 @@ LARGEST_GRAPH_BYTES = 1_900_000_000
 """Protobuf ends at 2 GiB; the weights of larger graphs lie in a second file, which is not handled here."""
 
 
+BackendName = Literal["onnxruntime", "modelopt"]
+
+
 class QuantizeConfig(StageConfig):
     """What is tried, and how much it may cost."""
 
@@ -61,6 +64,11 @@ class QuantizeConfig(StageConfig):
         "own operators, activations stay as they are; int4-blocks: matrices by INT4 DequantizeLinear in blocks (opset "
         "21), the form that TensorRT takes; fp8: QDQ in E4M3 for GPUs from SM89 (correct on CPUs, but slower than "
         "FP32). [] goes without.",
+    )
+    backend: BackendName = Field(
+        default="onnxruntime",
+        description="What quantizes: ONNX Runtime's quantizers, or NVIDIA ModelOpt (the extra `quant`), which has "
+        "int8-symmetric, int4-blocks (with AWQ) and fp8, calibrated by minmax or entropy.",
     )
     reduce_range: bool = Field(
         default=False, description="7-bit weights, for x86 CPUs without VNNI, whose 8-bit products saturate."
@@ -131,12 +139,24 @@ class QuantizeConfig(StageConfig):
         "reference's. A little above validate's (validate.gates.min_cosine), which is asked of other examples.",
     )
 
+    @model_validator(mode="after")
+    def backend_has_the_schemes(self) -> QuantizeConfig:
+        """The backend has every scheme and the way of calibrating."""
+        has = BACKENDS[self.backend]
+        missing = [scheme for scheme in self.schemes if scheme not in has]
+        if missing:
+            raise ValueError(f"the backend {self.backend} has no {', '.join(missing)}; it has {', '.join(has)}")
+        if self.backend == "modelopt" and self.calibration not in modelopt_backend.METHODS:
+            known = ", ".join(modelopt_backend.METHODS)
+            raise ValueError(f"the backend modelopt has no calibration {self.calibration}; it has {known}")
+        return self
+
     def min_share(self, precision: Precision) -> float:
         """The smallest share of the multiply-accumulates in this precision that is worth shipping."""
         return {"int8": self.min_int8_share, "int4": self.min_int4_share, "fp8": self.min_fp8_share}[precision]
 
 
-BACKENDS: dict[str, Backend] = {"onnxruntime": onnxruntime_backend.PLANS}
+BACKENDS: Mapping[BackendName, Backend] = {"onnxruntime": onnxruntime_backend.PLANS, "modelopt": modelopt_backend.PLANS}
 
 
 class Quantize:
@@ -146,7 +166,13 @@ class Quantize:
     config_type = QuantizeConfig
     consumes = ("merge-lora", "export")
     splits: tuple[SplitName, ...] = ("calibration", "validation")
-    packages = (*NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, *ENGINE_PACKAGES)
+    packages = (
+        *NETWORK_PACKAGES,
+        *PROCESSING_PACKAGES,
+        *RUNTIME_PACKAGES,
+        *ENGINE_PACKAGES,
+        "nvidia-modelopt",
+    )
     machine: tuple[MachinePart, ...] = ("threads",)
 
     def run(self, context: StageContext, config: QuantizeConfig) -> StageResult:
@@ -157,7 +183,7 @@ class Quantize:
             scratch = context.resume / "graphs"
             scratch.mkdir(exist_ok=True)
             bench = open_workbench(context, config, scratch)
-            plans = BACKENDS["onnxruntime"]
+            plans = BACKENDS[config.backend]
             candidates = [search_precisions(bench, scheme, plans[scheme](bench)) for scheme in config.schemes]
         write_candidates(context.output, candidates)
         measurements = {"candidates": [candidate.summary() for candidate in candidates], "samples": samples}
