@@ -16,9 +16,11 @@ MAX_MODULES = 12
 
 
 def precision_section(facts: Facts) -> Html:
-    """The curve of every candidate that the search had to mend, and its most sensitive modules."""
-    searched = [one for one in records(facts.measured("quantize").get("candidates")) if len(points_of(one)) > 1]
-    return join([part for one in searched for part in (curve_of(one), sensitive_table(one))])
+    """The curve of every candidate that the search had to mend, and its most sensitive modules; what repairs did."""
+    candidates = records(facts.measured("quantize").get("candidates"))
+    searched = [one for one in candidates if len(points_of(one)) > 1]
+    parts = [part for one in searched for part in (curve_of(one), sensitive_table(one))]
+    return join([*parts, repairs_table(candidates)])
 
 
 def points_of(candidate: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,4 +86,28 @@ def sensitive_row(entry: dict[str, Any], kept: bool) -> Html:
         element("td", MISSING if harm is None else format_number(harm, 3), class_="number"),
         element("td", format_percent(number(entry.get("mac_share"))), class_="number"),
         element("td", chip("floating point", "plain") if kept else ""),
+    )
+
+
+def repairs_table(candidates: Sequence[dict[str, Any]]) -> Html:
+    """What SmoothQuant and bias correction did to each candidate, and whether that was kept."""
+    rows = [repair_row(one, entry) for one in candidates for entry in records(one.get("repairs"))]
+    if not rows:
+        return Html("")
+    heads = ("Candidate", "Repair", "Places", "Error before", "Error after", "")
+    note = "Error: mean squared change of the outputs over calibration examples with everything in INT8."
+    repairs = table("Repairs", heads, rows, numeric=(2, 3, 4))
+    return join([element("h3", "Repairs"), repairs, element("p", note, class_="hint")])
+
+
+def repair_row(candidate: dict[str, Any], entry: dict[str, Any]) -> Html:
+    """One repair of one candidate."""
+    values = [number(entry.get(key)) for key in ("places", "error_before", "error_after")]
+    shown = [MISSING if value is None else format_number(value, 3) for value in values]
+    return element(
+        "tr",
+        element("td", shorten(candidate.get("name"), 60)),
+        element("td", shorten(entry.get("repair"), 40)),
+        *(element("td", value, class_="number") for value in shown),
+        element("td", chip("✓ kept", "pass") if entry.get("kept") is True else chip("left", "plain")),
     )

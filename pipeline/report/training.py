@@ -127,9 +127,7 @@ def quantization_table(measured: dict[str, Any]) -> Html:
     if diverged := aware.get("diverged"):
         outcome = f"It diverged, and the network from before is kept: {diverged}"
     elif aware.get("kept") is True:
-        outcome = (
-            f"{aware.get('epochs')} epochs with INT8 rounding in the forward pass; the network from after is kept."
-        )
+        outcome = f"Epochs with INT8 rounding: {aware.get('epochs')}; what they gave is kept."
     else:
         outcome = "INT8 gained nothing by it; the network from before is kept."
     heads = ("", "Without", "With")

@@ -17,8 +17,6 @@ from stages.inputs import batches
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-
     from models.classifier import Classifier
 
 OBSERVED_EXAMPLES = 256
@@ -39,6 +37,7 @@ class QuantizationAware:
     int8_metric: tuple[float, float]
     kept: bool
     history: list[dict[str, float]]
+    seconds: float
     diverged: str | None = None
 
 
@@ -72,7 +71,6 @@ def train_for_int8(made: Attempt, setup: Setup, folder: Path) -> tuple[Attempt, 
     remove_rounding(network.to("cpu"))
     kept = trained.diverged is None and after > before
     scores = evaluate(network, setup)[0] if kept else made.scores
-    seconds = sum(entry["seconds"] for entry in trained.history)
     found = QuantizationAware(
         epochs=len(trained.history),
         learning_rate=rate,
@@ -81,9 +79,10 @@ def train_for_int8(made: Attempt, setup: Setup, folder: Path) -> tuple[Attempt, 
         int8_metric=(before, after),
         kept=kept,
         history=trained.history,
+        seconds=sum(entry["seconds"] for entry in trained.history),
         diverged=trained.diverged,
     )
-    return replace(tuned(made, network, scores) if kept else made, seconds=made.seconds + seconds), found
+    return replace(made, network=network, scores=scores) if kept else made, found
 
 
 def plain_copy(made: Attempt, setup: Setup) -> Classifier:
@@ -112,15 +111,6 @@ def observe_ranges(network: Classifier, setup: Setup) -> None:
         for arrays, count in batches(setup.processing, examples, BATCH):
             network(*(torch.from_numpy(arrays[spec.name]).to(device) for spec in setup.processing.inputs))
             advance(count)
-
-
-def tuned(made: Attempt, network: Classifier, scores: np.ndarray) -> Attempt:
-    """The attempt with another network, all of whose parameters were trained."""
-    from stages.finetune.setup import count
-
-    learnt = sum(one.numel() for one in network.parameters() if one.requires_grad)
-    total = count(network)
-    return replace(made, network=network, scores=scores, trainable_parameters=learnt, total_parameters=total)
 
 
 def describe(found: QuantizationAware | None) -> dict[str, Any] | None:

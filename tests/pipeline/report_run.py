@@ -247,6 +247,16 @@ def passing_run() -> dict[str, Any]:
                     {"node": "Conv_12", "module": "blocks.1.0.conv_dw", "harm": 0.0953, "mac_share": 0.04},
                     {"node": "Conv_10", "module": "conv_stem", "harm": 0.0021, "mac_share": 0.03},
                 ],
+                "repairs": [
+                    {"repair": "smooth", "places": 0, "error_before": 1.3, "error_after": 1.3, "kept": False},
+                    {
+                        "repair": "bias-correction",
+                        "places": 50,
+                        "error_before": 1.3,
+                        "error_after": 0.846,
+                        "kept": True,
+                    },
+                ],
             },
             {
                 "name": "onnx-int8-dynamic",

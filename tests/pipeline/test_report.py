@@ -126,6 +126,7 @@ def test_the_page_shows_what_int8_costs_and_what_is_really_in_it() -> None:
     text = Page(render_html(run)).text
     assert "by share of the arithmetic in INT8, accuracy from 85.8% at 96% to 83.0% at 100%" in text
     assert "int8 96%, fp32 4%" in text and "blocks.1.0.conv_dw" in text and "floating point" in text
+    assert "bias-correction" in text and "0.846" in text and "smooth" in text
     assert "int8 96%, fp32 4%" in render_markdown(run)
     (validated,) = [stage for stage in run["stages"] if stage["name"] == "validate"]
     reason = "not faster than onnx-fp32: 0.15× its speed, 0.15× at least"

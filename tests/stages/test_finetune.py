@@ -175,7 +175,7 @@ def test_a_perfect_network_passes_where_the_majority_is_nearly_all() -> None:
     measured = {
         "strategy": "feature-extraction", "validation_metric": 1.0, "probe_validation_metric": 1.0,
         "constant_baseline": 0.995, "constant": "majority class", "metric": "accuracy",
-        "samples": {"validation": 400}, "diverged": None,
+        "samples": {"validation": 400}, "diverged": None, "quantization_aware": None,
     }  # fmt: skip
     assert all(gate.passed for gate in check(measured, FinetuneConfig()))
     assert not all(gate.passed for gate in check({**measured, "validation_metric": 0.995}, FinetuneConfig()))

@@ -98,7 +98,6 @@ def test_it_leaves_a_plain_network(
     result = Finetune().run(context, FinetuneConfig(strategy=strategy, **FEW))
     aware = result.measurements["quantization_aware"]
     assert aware["kept"] and aware["epochs"] == 2 and aware["layers"] == 18
-    assert result.measurements["trainable_parameters"] == result.measurements["total_parameters"]
     assert not (context.output / "adapter").exists()
     checkpoint = load_checkpoint(context.output / "checkpoint")  # key by key: a quantizer left in would be refused
     arrays = checkpoint.processing.arrays([one.content for one in data["validation"]])
