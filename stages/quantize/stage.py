@@ -95,7 +95,7 @@ class QuantizeConfig(StageConfig):
         "the budget needs; none tries the plain scheme only.",
     )
     repairs: tuple[Repair, ...] = Field(
-        default=(),
+        default=("bias-correction",),
         description="Static INT8 schemes: smooth moves outlying channels from what layer norms give into weights "
         "(SmoothQuant); bias-correction adds the mean error of every quantized node to its bias. Each is kept where it "
         "lowers the error on calibration examples.",
