@@ -25,6 +25,7 @@ from pipeline.report.formats import (
 from pipeline.report.markup import Html, element, join, shorten
 from pipeline.report.parts import chip, scrolling, table
 from pipeline.report.precision import precision_section
+from pipeline.report.slices import slices_section
 from pipeline.report.training import training_section
 
 VERDICT_WORDS = {"pass": "✓ passed", "fail": "✗ not shipped", "partial": "◐ incomplete"}
@@ -375,6 +376,9 @@ PARITY = (
     ("cosine", "Cosine"),
     ("sqnr_db", "SQNR, dB"),
     ("kl", "KL, nats"),
+    ("flip_rate", "Flips"),
+    ("ece_increase", "ECE change"),
+    ("nll_increase", "NLL change, nats"),
 )
 
 
@@ -394,7 +398,8 @@ def parity_section(facts: Facts) -> Html:
         [
             element(
                 "p",
-                "Absolute difference of every output to the merged, unpatched PyTorch model in FP32, on the same data.",
+                "Absolute difference of every output to the merged, unpatched PyTorch model in FP32, on the same data."
+                + noise_sentence(facts),
                 class_="hint",
             ),
             element("div", *figures, class_="trio") if figures else Html(""),
@@ -403,8 +408,23 @@ def parity_section(facts: Facts) -> Html:
     )
 
 
+def noise_sentence(facts: Facts) -> str:
+    """How far PyTorch is from itself, where that was measured."""
+    floor = mapping(facts.measured("validate").get("noise_floor"))
+    shares = {name: number(floor.get(key)) for name, key in NOISES if number(floor.get(key)) is not None}
+    if not shares:
+        return ""
+    found = ", ".join(f"{format_number(share, 2)} with {name}" for name, share in shares.items())
+    return f" As a share of its output range PyTorch differs from itself by {found}: no tolerance is below that."
+
+
+NOISES = (("another batch size", "batch"), ("other threads", "threads"), ("fp64", "fp64"))
+
+
 def parity_number(key: str, value: float | None) -> str:
     """Cosines differ in their last digits only."""
+    if key == "flip_rate":
+        return format_percent(value)
     return MISSING if value is None else f"{value:.6f}" if key == "cosine" else format_number(value)
 
 
@@ -571,6 +591,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (
     ("candidates", "Candidates", candidates_section),
     ("precision", "Precision", precision_section),
     ("gates", "Gates", gates_section),
+    ("slices", "Slices", slices_section),
     ("parity", "Parity with PyTorch", parity_section),
     ("confusion", "Confusion matrix", confusion_section),
     ("training", "Training", training_section),

@@ -127,6 +127,36 @@ def candidate(
         "throughput_per_s": round(1150 / p50, 2),
         "speedup": round(24.6 / p50, 4),
         "passed": passed,
+        "excused": [],
+        "digest": digest(name),
+        "flip_rate": 0.004,
+        "ece_increase": 0.002,
+        "nll_increase": -0.001,
+        "slices": {
+            "judged": 10,
+            "too_small": 2,
+            "slices": [
+                {
+                    "name": "label=Coat",
+                    "samples": 100,
+                    "reference": 0.8,
+                    "drop": 0.01,
+                    "interval": [-0.02, 0.04],
+                    "margin": 0.05,
+                    "critical": True,
+                },
+                {
+                    "name": "label=Shirt",
+                    "samples": 100,
+                    "reference": 0.7,
+                    "drop": 0.03,
+                    "interval": [-0.01, 0.08],
+                    "margin": 0.05,
+                    "critical": False,
+                    "adjusted_p": 0.74,
+                },
+            ],
+        },
         "mac_shares": {"int8": 0.96, "fp32": 0.04} if precision == "int8" else {precision: 1.0},
         "not_worth_it": {},
         "error_histogram": {"edges": edges, "counts": counts},
@@ -137,6 +167,9 @@ def validated() -> dict[str, Any]:
     """The measurements of validate."""
     return {
         "samples": 1000,
+        "sample_size": {"margin": 0.01, "pilot": None, "pilot_flip_rate": None, "needed": 268, "samples": 1000},
+        "noise_floor": {"samples": 32, "batch": 2e-7, "threads": 0.0, "fp64": 4e-7, "largest": 4e-7},
+        "waivers": [],
         "objective": "latency",
         "chosen": "onnx-int8-static",
         "reference": {

@@ -330,7 +330,9 @@ def hostile_run(text: str) -> dict[str, Any]:
     run |= {"run": text, "backbone": text, "task": text, "config": {text: text}}
     measured = run["stages"][4]["measurements"]
     measured |= {"labels": [text] * 10, "chosen": text, "objective": text}
-    measured["candidates"][2] |= {"name": text, "precision": text, "file": text}
+    measured["candidates"][2] |= {"name": text, "precision": text, "file": text, "excused": [text]}
+    measured["candidates"][2]["slices"]["slices"][0]["name"] = text
+    run["stages"][4]["gates"][5] |= {"verdict": "fail", "waived": text}
     run["stages"][4]["gates"][6] |= {"name": text, "subject": text, "message": text, "unit": text}
     run["stages"][3]["measurements"]["candidates"][1] |= {"name": text, "reason": text}
     run["stages"][0] |= {"notes": [text], "reason": text}
@@ -519,6 +521,14 @@ def test_each_verdict_is_shown_for_what_it_is(changes: dict[str, Any], headline:
         assert all("on_inconclusive" in report for report in (page, printed, str(problem.get("message"))))
     if changes["verdict"] in ("fail", "inconclusive", "error"):
         assert validate_run(run) == []
+
+
+def test_the_slices_of_the_chosen_candidate_are_listed_with_their_intervals() -> None:
+    text = " ".join(Page(render_html(passing_run())).text.split())
+    assert "onnx-int8-static against PyTorch on the same examples of each slice; the worst of 10" in text
+    assert "label=Shirt" in text and "−3.0 pt" in text and "−8.0 … +1.0 pt" in text and "0.74" in text
+    assert "label=Coat critical" in text
+    assert "differs from itself by 2e−7 with another batch size, 0 with other threads, 4e−7 with fp64" in text
 
 
 def test_what_is_no_pass_is_listed_before_what_is() -> None:

@@ -187,7 +187,7 @@ def test_the_last_day_counts_and_the_next_does_not(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "change",
-    [{"gate": "acuracy"}, {"gate": "comparable outputs"}, {"owner": ""}, {"digest": "abc"}, {"expires": "soon"}],
+    [{"gate": "acuracy drop"}, {"gate": "comparable outputs"}, {"owner": ""}, {"digest": "abc"}, {"expires": "soon"}],
 )
 def test_a_waiver_that_cannot_hold_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
