@@ -80,18 +80,21 @@ def slice_numbers(scores: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     return {"reference": float(before.mean()), "drop": float((before - scores).mean()), "interval": [low, high]}
 
 
-def slice_gates(name: str, table: Mapping[str, Any], margin: float, metric: str, asked: bool) -> list[GateResult]:
-    """One gate for the worst of all slices, and one for each critical slice. `asked`: the configuration names columns,
-    so that no slice of enough samples is no evidence."""
-    gate = Gate("slice drop", "at least", ALPHA, f"adjusted p that no slice loses more than {margin:.6g}")
+def slice_gates(
+    name: str, table: Mapping[str, Any], margin: float | None, metric: str, asked: bool
+) -> list[GateResult]:
+    """One gate for the worst of all slices, where there is a margin for all, and one for each critical slice. `asked`:
+    the configuration names columns, so that no slice of enough samples is no evidence."""
+    unit = "" if margin is None else f"adjusted p that no slice loses more than {margin:.6g}"
+    gate = Gate("slice drop", "at least", ALPHA, unit)
     worst = next((one for one in table["slices"] if not one["critical"]), None)
     small = f"{table['too_small']} more have too few samples" if table["too_small"] else ""
     results = []
-    if worst:
+    if margin is not None and worst:
         found = f"the worst of {table['judged']} slices, {worst['name']}, loses {worst['drop']:.4f} {metric}"
         detail = "; ".join(part for part in (found, small) if part)
         results.append(gate.check(name, worst["adjusted_p"], worst["samples"], detail))
-    elif asked:
+    elif margin is not None and asked:
         results.append(gate.check(name, None, detail=small))
     for one in (one for one in table["slices"] if one["critical"]):
         interval = tuple(one["interval"]) if one["interval"] else None

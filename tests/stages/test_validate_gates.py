@@ -233,6 +233,9 @@ def test_a_critical_slice_must_be_proven(lost: int, margin: float, verdict: str)
     table = sliced(lost, 100, 100, critical={"label=bad": margin})
     results = slice_gates("x", table, 0.05, "accuracy", asked=False)
     assert {one.subject: one.verdict for one in results} == {"x": "pass", "x, label=bad": verdict}
+    config = ValidateConfig(critical_slices={"label=bad": margin}, gates=GatesConfig(max_slice_drop=None))
+    alone = [one for one in check(entry(slices=table), config, SCENE) if one.name == "slice drop"]
+    assert [one.verdict for one in alone] == [verdict]  # held also where the others are not
 
 
 def test_a_critical_slice_that_is_not_there_and_columns_of_small_slices_are_no_evidence() -> None:
