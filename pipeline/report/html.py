@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline.report import svg
+from pipeline.report.evidence import front_of, latency_plot
 from pipeline.report.facts import Candidate, Facts, GateFact, mapping, number, sequence
 from pipeline.report.formats import (
     MISSING,
@@ -190,7 +191,7 @@ def candidates_section(facts: Facts) -> Html:
         hint = f"{measured}{where}; PyTorch eager in FP32 with as many threads is the reference.{objective}"
         if facts.other_runs:
             hint += " Speed elsewhere is against PyTorch on the same device."
-        parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts)]
+        parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts), latency_plot(facts)]
     if facts.unearned:
         items = [element("li", element("strong", name), f": {reason}") for name, reason in facts.unearned]
         parts.append(element("p", "Fewer bits that do not earn their place here:", class_="hint"))
@@ -256,8 +257,10 @@ def candidate_plot(facts: Facts) -> Html:
         f"{metric} ↑",
         lambda tick: f"{tick:g}",
         lambda tick: f"{100 * tick:.1f}%",
+        front_of(facts),
     )
     note = f"Up and left is better. Bars: the interval of the {metric} difference to PyTorch, on the same examples."
+    note += " Dashed: the front, which nothing beats in both among what passed its gates."
     return element("figure", scrolling(plot, f"Candidates by {metric} and latency"), element("figcaption", note))
 
 

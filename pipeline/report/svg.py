@@ -72,6 +72,18 @@ class Bar:
     columns: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of a chart of intervals: a mark, a whisker and, pale, the single values behind them."""
+
+    name: str
+    value: float
+    interval: tuple[float, float]
+    style: str
+    detail: str
+    dots: tuple[float, ...] = field(default=())
+
+
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` multiples of 1, 2 or 5 × 10ⁿ that cover [low, high]."""
     raw = (high - low) / max(count, 1)
@@ -181,9 +193,16 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def scatter(
-    points: Sequence[Point], description: str, x_label: str, y_label: str, x_format: Format, y_format: Format
+    points: Sequence[Point],
+    description: str,
+    x_label: str,
+    y_label: str,
+    x_format: Format,
+    y_format: Format,
+    front: Sequence[tuple[float, float]] = (),
 ) -> Html:
-    """Marks with vertical intervals and their names beside them, moved where they would overlap."""
+    """Marks with vertical intervals and their names beside them, moved where they would overlap; `front` is a stair
+    behind them, from left to right."""
     width, height, left, right, bottom = 980.0, 330.0, 56.0, 24.0, 276.0
     ys = [value for point in points for value in (point.y, *(point.interval or ()))]
     x_low, x_high = 0.0, max(point.x for point in points) * 1.18
@@ -191,12 +210,17 @@ def scatter(
     y = Scale(*padded(ys, 0.1, least=0.005), bottom, 26)
     parts = [axes(x, y, x.ticks(8), x_format, y_format), label(0, 12, y_label, "tick")]
     parts.append(label(width - right, bottom + 40, x_label, "tick", "end"))
+    if len(front) > 1:
+        corners = [f"{x(px):.2f},{y(py):.2f} {x(nx):.2f},{y(py):.2f}" for (px, py), (nx, _) in pairwise(front)]
+        last = f"{x(front[-1][0]):.2f},{y(front[-1][1]):.2f}"
+        parts.append(element("polyline", points=" ".join([*corners, last]), class_="front"))
     for point in points:
         if point.interval:
             parts.append(
                 line(x(point.x), y(point.interval[0]), x(point.x), y(point.interval[1]), f"whisker {point.style}")
             )
     taken = [(x(point.x) - 9, y(point.y) - 9, x(point.x) + 9, y(point.y) + 9) for point in points]
+    taken += [(x(px), y(py) - 2, x(nx), y(py) + 2) for (px, py), (nx, _) in pairwise(front)]
     for point in points:
         parts.append(mark(x(point.x), y(point.y), point))
         text = shorten(point.name, 40)
@@ -415,3 +439,33 @@ def timeline(bars: Sequence[Bar], heads: Sequence[str], description: str, x_form
             for place, text in zip(columns, bar.columns, strict=False)
         ]
     return drawing(width, bottom + 26, description, *parts)
+
+
+def interval_rows(rows: Sequence[Row], description: str, x_label: str, x_format: Format, zero: str = "") -> Html:
+    """A mark with its whisker a row, what it says at the right; `zero` names a dashed line at 0 where it is not the
+    edge of the plot."""
+    width, row, left, right, top = 980.0, 26.0, 190.0, 290.0, 24.0
+    values = [value for one in rows for value in (one.value, *one.interval, *one.dots)]
+    low, high = padded([*values, 0.0], 0.06)
+    x = Scale(low if min(values) < 0 else 0.0, high, left, width - right)
+    bottom = top + len(rows) * row
+    ticks = x.ticks(6)
+    parts = [line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
+    parts += [label(x(tick), bottom + 18, x_format(tick), "tick", "middle") for tick in ticks]
+    if zero:
+        parts += [line(x(0), top, x(0), bottom, "rule"), label(x(0), 12, zero, "tick", "middle")]
+    for index, one in enumerate(rows):
+        y = top + (index + 0.5) * row
+        name = shorten(one.name, 26)
+        parts.append(label(left - 14, y + 4, name, f"label {one.style}", "end", title=one.name))
+        parts.append(line(x(one.interval[0]), y, x(one.interval[1]), y, f"whisker {one.style}"))
+        parts += [element("circle", cx=x(dot), cy=y, r=2.5, class_="dot pale") for dot in one.dots]
+        title = element("title", f"{one.name}: {one.detail}")
+        if one.dots:  # a bar, so that it hides none of them
+            place = {"x": x(one.value) - 1.5, "y": y - 8, "width": 3.0, "height": 16.0}
+            parts.append(element("rect", title, **place, class_=f"median {one.style}"))
+        else:
+            parts.append(element("circle", title, cx=x(one.value), cy=y, r=5.0, class_=f"mark {one.style}"))
+        parts.append(label(width - right + 14, y + 4, one.detail, "label value"))
+    parts.append(label((left + width - right) / 2, bottom + 38, x_label, "tick", "middle"))
+    return drawing(width, bottom + 44, description, *parts)

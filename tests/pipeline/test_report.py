@@ -16,13 +16,23 @@ import pytest
 from rich.console import Console
 
 from pipeline.report import FILES, run_schema, validate_run, write_reports
+from pipeline.report.evidence import front_of
 from pipeline.report.facts import Facts
 from pipeline.report.html import render_html
 from pipeline.report.junit import render_junit
 from pipeline.report.markdown import MAX_CHARACTERS, render_markdown
 from pipeline.report.terminal import print_summary
 from stages.gate import stops
-from tests.pipeline.report_run import broken_run, candidate, confusion, gate, gate_failed_run, not_run, passing_run
+from tests.pipeline.report_run import (
+    broken_run,
+    candidate,
+    confusion,
+    gate,
+    gate_failed_run,
+    not_run,
+    passing_run,
+    slices,
+)
 
 VOID = {"meta", "br"}
 HOSTILE = (
@@ -277,11 +287,38 @@ def test_page_has_every_plot_with_a_text_alternative() -> None:
         ("Absolute output error", 3),
         ("onnx-int8-static: by share of the arithmetic in INT8", 1),
         ("Confusion matrix of 10 classes; 895 of 1000", 1),
+        ("Latency of one example: PyTorch p50 24.6 ms, p95 28.9 ms; onnx-int8-static", 1),
+        ("accuracy difference by slice: label=Shirt −3.0 (−6.4 … −0.9) pt, 100 examples; label=Coat", 1),
         ("Loss by epoch", 1),
         ("Validation accuracy by epoch", 1),
         ("Stages one after the other", 1),
     ):
         assert sum(name.startswith(start) for name in names) == count, start
+
+
+def test_the_front_is_what_nothing_beats_in_both() -> None:
+    run = passing_run()
+    assert front_of(Facts(run)) == [(5.12, 0.854), (9.84, 0.857)]  # fp16 and PyTorch are slower and no better
+    measured = run["stages"][4]["measurements"]
+    measured["candidates"][0]["passed"] = False
+    measured["reference"]["metric"] = 0.9
+    assert front_of(Facts(run)) == [(5.12, 0.854), (10.9, 0.857), (24.6, 0.9)]
+    measured["candidates"][2]["latency_ms_p50"] = None
+    assert front_of(Facts(run)) == [(10.9, 0.857), (24.6, 0.9)]
+    assert front_of(Facts({})) == []
+
+
+def test_a_thousand_slices_are_drawn_in_part_and_all_in_the_table() -> None:
+    run = passing_run()
+    judged = run["stages"][4]["measurements"]["candidates"][2]["slices"]
+    judged["slices"] = [dict(judged["slices"][0], name=f"label={index}") for index in range(1000)]
+    source = render_html(run)
+    assert "All 1000 slices of the record; 976 are not drawn" in source
+    assert source.count("label=999<") == 1
+    judged["slices"][0]["interval"] = None  # a critical slice without samples
+    assert "977 are not drawn" in render_html(run)
+    del run["stages"][4]["measurements"]["candidates"][2]["slices"]
+    assert "Class by class" not in render_html(run)
 
 
 def test_page_has_lineage_configuration_and_environment() -> None:
