@@ -7,12 +7,12 @@ from typing import Any
 
 from pipeline.report import svg
 from pipeline.report.facts import Candidate, Facts, mapping, number, records, sequence
-from pipeline.report.formats import MINUS, MISSING, format_ms, format_percent, format_points, signed
-from pipeline.report.markup import Html, element, join, shorten
-from pipeline.report.parts import scrolling, table
+from pipeline.report.formats import MINUS, format_ms, signed
+from pipeline.report.markup import Html, element, shorten
+from pipeline.report.parts import scrolling
 
 MAX_ROWS = 24
-"""Rows of a plot: more are no picture. The tables beside have them all."""
+"""Rows of a plot: more are no picture. Tables and run.json have them all."""
 
 
 def front_of(facts: Facts) -> list[tuple[float, float]]:
@@ -58,34 +58,22 @@ def latency_row(name: str, style: str, numbers: Mapping[str, Any]) -> svg.Row | 
     return svg.Row(name, median, (min(*turns, median), slowest), style, detail, turns)
 
 
-def slices_section(facts: Facts) -> Html:
-    """What the chosen candidate (or the first with such numbers) loses in each class or other part of the test split,
-    the worst first, with the intervals."""
-    found = next((one for one in by_choice(facts) if records(mapping(one.numbers.get("slices")).get("slices"))), None)
-    if found is None:
+def slice_plot(facts: Facts, item: Candidate) -> Html:
+    """What a candidate loses in each class or other part of the test split, the worst first, with the intervals; empty
+    where there are none."""
+    entries, metric = records(mapping(item.numbers.get("slices")).get("slices")), shorten(facts.metric, 40)
+    rows = [row for entry in entries if (row := slice_row(entry))]
+    if not rows:
         return Html("")
-    judged = mapping(found.numbers["slices"])
-    slices = [one for one in records(judged["slices"]) if number(one.get("drop")) is not None]
-    rows = [row for one in slices[:MAX_ROWS] if (row := slice_row(one))]
-    metric = shorten(facts.metric, 40)
-    counts = [f"{value:.0f} {words}" for key, words in COUNTS if (value := number(judged.get(key)))]
-    hint = f"{found.name} against PyTorch on the same examples, the worst first; {', '.join(counts)}."
-    parts = [element("p", hint, class_="hint")]
-    if rows:
-        text = f"{metric} difference by slice: " + "; ".join(f"{row.name} {row.detail}" for row in rows)
-        label = f"{metric} difference to PyTorch, points"
-        plot = svg.interval_rows(
-            rows, shorten(text, 600), label, lambda tick: f"{100 * tick:g}".replace("-", MINUS), "as PyTorch"
-        )
-        note = "Lines: both one-sided 95% bounds. Of many slices one looks bad by chance: the gate corrects for that."
-        parts.append(element("figure", scrolling(plot, "Difference by slice"), element("figcaption", note)))
-    more = len(slices) - len(rows)
-    summary = f"All {len(slices)} slices of the record" + (f"; {more} are not drawn" if more else "")
-    parts.append(element("details", element("summary", summary), slice_table(slices, metric)))
-    return join(parts)
-
-
-COUNTS = (("judged", "slices were judged"), ("too_small", "had too few examples"))
+    drawn = rows[:MAX_ROWS]
+    text = f"{metric} difference by slice: " + "; ".join(f"{row.name} {row.detail}" for row in drawn)
+    label = f"{metric} difference to PyTorch, points"
+    plot = svg.interval_rows(drawn, shorten(text, 600), label, points, "as PyTorch")
+    note = f"{item.name} against PyTorch on the same examples, the worst first. Lines: both one-sided 95% bounds; of "
+    note += "many slices one looks bad by chance."
+    if len(rows) > MAX_ROWS:
+        note += f" {len(rows) - MAX_ROWS} more are in run.json."
+    return element("figure", scrolling(plot, "Difference by slice"), element("figcaption", note))
 
 
 def by_choice(facts: Facts) -> list[Candidate]:
@@ -110,26 +98,3 @@ def slice_row(entry: Mapping[str, Any]) -> svg.Row | None:
 def points(value: float) -> str:
     """A tick of the axis: a difference of shares in percentage points."""
     return f"{100 * value:g}".replace("-", MINUS)
-
-
-def slice_table(slices: list[dict[str, Any]], metric: str) -> Html:
-    """Every slice of the record in numbers."""
-    rows = [
-        element(
-            "tr",
-            element("th", shorten(one.get("name"), 80), scope="row"),
-            element("td", f"{number(one.get('samples')) or 0:.0f}", class_="number"),
-            element("td", format_percent(number(one.get("reference"))), class_="number"),
-            element("td", format_points(-(number(one.get("drop")) or 0.0)), class_="number"),
-            element("td", p_value(number(one.get("adjusted_p"))), class_="number"),
-            element("td", "critical" if one.get("critical") is True else ""),
-        )
-        for one in slices
-    ]
-    heads = ("Slice", "Examples", f"PyTorch {metric}", "Difference", "Adjusted p", "")
-    return table("Slices", heads, rows, numeric=(1, 2, 3, 4))
-
-
-def p_value(value: float | None) -> str:
-    """A probability; small ones are bounded, as their last digits say nothing."""
-    return MISSING if value is None else "<0.001" if value < 1e-3 else f"{value:.3f}"

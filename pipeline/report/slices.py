@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.report.evidence import MAX_ROWS, slice_plot
 from pipeline.report.facts import Candidate, Facts, mapping, number, records, sequence
 from pipeline.report.formats import MISSING, capitalized, format_interval, format_number, format_percent, format_points
 from pipeline.report.markup import Html, element, join, shorten
 from pipeline.report.parts import chip, table
-
-MAX_SLICES = 25
-"""Rows of the table; up to 50 a candidate are in run.json."""
 
 
 def slices_section(facts: Facts) -> Html:
     """The slices of the chosen candidate, or where none is chosen of the last one that has any."""
     sliced = [item for item in facts.candidates if records(mapping(item.numbers.get("slices")).get("slices"))]
     shown = [item for item in sliced if item.chosen] or sliced[-1:]
-    return join([slice_table(facts, item) for item in shown])
+    return join([part(facts, item) for item in shown for part in (slice_plot, slice_table)])
 
 
 def slice_table(facts: Facts, item: Candidate) -> Html:
     """The worst slices first; a critical one is marked."""
     found = mapping(item.numbers.get("slices"))
-    rows = [slice_row(one) for one in records(found.get("slices"))[:MAX_SLICES]]
+    rows = [slice_row(one) for one in records(found.get("slices"))[:MAX_ROWS]]
     small = number(found.get("too_small")) or 0
     note = (
         f"{item.name} against PyTorch on the same examples of each slice; the worst of {found.get('judged', 0)} that "

@@ -169,20 +169,6 @@ def turns(p50: float) -> list[float]:
     return [round(p50 * (1 + 0.04 * math.sin(3.1 * turn)), 4) for turn in range(10)]
 
 
-def slices() -> dict[str, Any]:
-    """What the chosen candidate loses class by class, the worst first, as validate records it."""
-    drops = (0.03, 0.02, 0.01, 0.01, 0.0, 0.0, 0.0, -0.01, -0.01, -0.02)
-    names = ("Shirt", "Coat", "Pullover", "T-shirt", "Dress", "Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot")
-    found = [
-        {
-            "name": f"label={name}", "samples": 100, "margin": 0.02, "critical": False, "reference": 0.9, "drop": drop,
-            "interval": [drop - 0.021, drop + 0.034], "adjusted_p": 1 - 12 * max(drop, 0.0),
-        }
-        for name, drop in zip(names, drops, strict=True)
-    ]  # fmt: skip
-    return {"judged": 10, "too_small": 2, "slices": found}
-
-
 def validated() -> dict[str, Any]:
     """The measurements of validate."""
     return {
@@ -203,7 +189,7 @@ def validated() -> dict[str, Any]:
         "candidates": [
             candidate("onnx-fp32", "fp32", 0.857, 2.1e-5, 9.84, 13_480_112),
             candidate("onnx-fp16", "fp16", 0.857, 6.3e-3, 10.9, 6_771_204),
-            candidate("onnx-int8-static", "int8", 0.854, 1.4, 5.12, 3_642_870) | {"slices": slices()},
+            candidate("onnx-int8-static", "int8", 0.854, 1.4, 5.12, 3_642_870),
         ],
         "labels": list(LABELS),
         "confusion": confusion(),
