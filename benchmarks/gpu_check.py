@@ -39,10 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = ROOT / "pipeline" / "recipes" / "vision.yaml"
 SECONDS_OF_A_COMMAND = 240
+SECONDS_OF_ALL = 600
+"""A machine with a GPU is dear: no command is started or goes on after this."""
+
 EXIT_GATE_FAILED, EXIT_MISSING = 1, MissingCapabilityError.exit_code
 
 # A head on frozen features: what is measured is the runtimes, and the network only has to be a real one.
-QUICK = ["finetune.strategy=feature-extraction", "validate.latency_calls=200"]
+QUICK = ["finetune.strategy=feature-extraction", "validate.latency_calls=200", "data.max_test_samples=1000"]
 NO_RECEIPT = "validate.gates.engines=allow-unproven"
 NUMBERS = (
     "name", "provider", "precision", "metric", "metric_difference", "agreement", "relative_error", "sqnr_db",
@@ -83,11 +86,17 @@ class Bench:
     gpus: int
     replaced: str = ""
     said: str = ""
+    until: float = field(default_factory=lambda: time.monotonic() + SECONDS_OF_ALL)
 
     @property
     def device(self) -> str:
         """Where training runs."""
         return "cpu" if self.dry else "cuda"
+
+    @property
+    def seconds(self) -> float:
+        """How long a command may take."""
+        return max(1.0, min(SECONDS_OF_A_COMMAND, self.until - time.monotonic()))
 
     def instead(self, what: str) -> None:
         """In a dry run: remember what the CPU stands in for."""
@@ -104,7 +113,7 @@ class Bench:
         asked = [f"device={self.device}", *QUICK, *self.settings, *settings]
         sets = [word for one in asked for word in ("--set", one)]
         command = [*arguments, "-c", str(self.config), "--run-dir", str(self.folder / run), "--quiet", *sets]
-        code, said = start(command)
+        code, said = start(command, self.seconds)
         self.said = last_line(said)
         if code == EXIT_MISSING:
             raise NotPossible(self.said)
@@ -127,16 +136,14 @@ class Bench:
         return content
 
 
-def start(command: Sequence[str]) -> tuple[int, str]:
-    """(exit code, what it said) of the pipeline's console script, stopped after `SECONDS_OF_A_COMMAND`."""
+def start(command: Sequence[str], seconds: float) -> tuple[int, str]:
+    """(exit code, what it said) of the pipeline's console script, stopped after so many seconds."""
     program = str(Path(sys.executable).with_name("pipeline"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     try:
-        done = subprocess.run(
-            [program, *command], capture_output=True, text=True, timeout=SECONDS_OF_A_COMMAND, env=environment
-        )
+        done = subprocess.run([program, *command], capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
-        return -1, f"it did not end in {SECONDS_OF_A_COMMAND} s"
+        return -1, f"it did not end in {seconds:.0f} s"
     return done.returncode, done.stdout if command[0] == "doctor" else done.stderr
 
 
@@ -150,7 +157,7 @@ def last_line(text: str) -> str:
 
 def doctor(bench: Bench) -> dict[str, Any]:
     """What works on this machine; nothing is broken, and the GPU is seen."""
-    code, said = start(["doctor", "--json"])
+    code, said = start(["doctor", "--json"], bench.seconds)
     try:
         findings = {one["name"]: one for one in json.loads(said)}
     except json.JSONDecodeError as error:

@@ -30,7 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "gpu_check", module)
     spec.loader.exec_module(module)
 
-    def start(command: Sequence[str]) -> tuple[int, str]:
+    def start(command: Sequence[str], seconds: float) -> tuple[int, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(list(command))
@@ -122,11 +122,14 @@ def test_the_pipeline_is_started_as_a_user_does(monkeypatch: pytest.MonkeyPatch)
         return SimpleNamespace(returncode=3, stdout="out", stderr="one\nerror: no provider\n")
 
     monkeypatch.setattr(module.subprocess, "run", started)
-    assert module.start(["validate", "--quiet"]) == (3, "one\nerror: no provider\n")
-    assert Path(seen["command"][0]).is_file() and seen["timeout"] <= 600
+    assert module.start(["validate", "--quiet"], 9.0) == (3, "one\nerror: no provider\n")
+    assert Path(seen["command"][0]).is_file() and seen["timeout"] == 9.0
     bench = module.Bench(Path(), Path("recipe.yaml"), ["a.b=1"], False, None, 1)
     with pytest.raises(module.NotPossible, match="no provider"):
         bench.pipeline("run", "validate", settings=["c.d=2"])
+    assert 0 < seen["timeout"] <= module.SECONDS_OF_A_COMMAND
+    bench.until = 0.0  # all the time is spent
+    assert bench.seconds == 1.0
     command = " ".join(seen["command"])
     assert "validate -c recipe.yaml --run-dir run --quiet --set device=cuda" in command
     assert command.endswith("--set a.b=1 --set c.d=2")
