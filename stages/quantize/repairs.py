@@ -1,7 +1,7 @@
 """Repairs of a graph that INT8 harms, without training: SmoothQuant before quantization, bias correction after it.
 
-Cross-layer equalization is none of them: it evens out the ranges of a weight's outputs, and every output has a scale of
-its own here already (Nagel et al. 2019, arXiv 1906.04721, gain nothing by it over per-channel scales).
+Cross-layer equalization (Nagel et al. 2019, arXiv 1906.04721, section 4.1) is none of them: it is for weights whose
+outputs share one scale, and here every output has its own.
 """
 
 from __future__ import annotations
