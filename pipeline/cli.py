@@ -58,6 +58,9 @@ ReceiptOption = Annotated[
     list[str] | None,
     typer.Option("--receipt", help="A device's receipt of an engine, from `pipeline verify`. May be repeated."),
 ]
+SelfTestOption = Annotated[
+    bool, typer.Option("--self-test", help="Inject known defects into this model and report which the gates catch.")
+]
 
 
 def add_stage_command(name: str) -> None:
@@ -88,6 +91,7 @@ def run_validate(
     config: ConfigOption = Path("pipeline.yaml"),
     set_: SetOption = None,
     receipt: ReceiptOption = None,
+    self_test: SelfTestOption = False,
     run_dir: RunDirOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -95,8 +99,9 @@ def run_validate(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """The stage's command, with what devices say of its engines."""
+    """The stage's command, with what devices say of its engines, and the test of its gates."""
     settings = [*(set_ or []), *([f"validate.receipts={json.dumps(receipt)}"] if receipt else [])]
+    settings += ["validate.self_test=true"] if self_test else []
     run_stages(["validate"], config, settings, run_dir, force, dry_run, json_, quiet, verbose)
 
 

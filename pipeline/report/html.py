@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline.report import svg
+from pipeline.report.drift import drift_section
 from pipeline.report.evidence import front_of, latency_plot
 from pipeline.report.facts import Candidate, Facts, GateFact, mapping, number, sequence
 from pipeline.report.formats import (
@@ -26,6 +27,7 @@ from pipeline.report.formats import (
 from pipeline.report.markup import Html, element, join, shorten
 from pipeline.report.parts import chip, scrolling, table
 from pipeline.report.precision import precision_section
+from pipeline.report.self_test import self_test_section
 from pipeline.report.slices import slices_section
 from pipeline.report.training import training_section
 
@@ -595,6 +597,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (
     ("precision", "Precision", precision_section),
     ("gates", "Gates", gates_section),
     ("slices", "Slices", slices_section),
+    ("drift", "Where the error comes from", drift_section),
+    ("self-test", "What the gates catch", self_test_section),
     ("parity", "Parity with PyTorch", parity_section),
     ("confusion", "Confusion matrix", confusion_section),
     ("training", "Training", training_section),

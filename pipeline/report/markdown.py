@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.report import drift, self_test
 from pipeline.report.facts import Facts, GateFact, number
 from pipeline.report.formats import (
     MISSING,
@@ -39,7 +40,7 @@ def render_markdown(run: dict[str, Any]) -> str:
     title = f"## {BADGES[facts.verdict]} {markdown_text(facts.headline, 200)}"
     parts = [title, explanation(facts), counted(facts)]
     first = [cut(section, SHARE) for section in (candidates(facts), gates(facts))]
-    for part in (*first, training(facts), stages(facts), lineage(facts)):
+    for part in (*first, drifted(facts), self_tested(facts), training(facts), stages(facts), lineage(facts)):
         taken = sum(len(one) + 2 for one in parts)
         parts.append(cut(part, MAX_CHARACTERS - taken - 2))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -200,6 +201,37 @@ def gate_table(chosen: Sequence[GateFact]) -> str:
         for gate in chosen
     ]
     return table(("", "Gate", "Subject", "Stage", "Measured", "Threshold", "Finding"), rows, (4,))
+
+
+def drifted(facts: Facts) -> str:
+    """The error of each step, and where a candidate that failed broke."""
+    steps = drift.steps_of(facts)
+    if not steps:
+        return ""
+    rows = [[markdown_text(cell, 60) for cell in (step.name, *drift.cells_of(step))] for step in steps]
+    heads = [markdown_text(head, 40) for head in drift.heads_of(facts)]
+    samples = markdown_text(drift.found(facts).get("samples"), 20)
+    waterfall = table(heads, rows, range(2, 8))
+    parts = ["### Where the error comes from"]
+    parts += [f"- {markdown_text(line, 500)}" for line in drift.findings(facts)[:10]]
+    if drift.script(facts):
+        parts.append(f"- the same numbers with numpy and onnxruntime alone: {markdown_text(drift.script(facts), 120)}")
+    if len(parts) > 1:
+        parts = [parts[0], "\n".join(parts[1:])]
+    parts.append(f"<details><summary>Error by step, on {samples} examples</summary>\n\n{waterfall}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def self_tested(facts: Facts) -> str:
+    """The score of the self-test, and its table, folded."""
+    if not self_test.found(facts):
+        return ""
+    rows = [[markdown_text(cell, 120) for cell in cells] for cells in self_test.markdown_cells(facts)]
+    text = f"### What the gates catch\n\n{markdown_text(self_test.summary(facts), 400)}"
+    if not rows:
+        return text
+    folded = table(("Defect", "", "Gates"), rows)
+    return f"{text}\n\n<details><summary>Injected defects</summary>\n\n{folded}\n\n</details>"
 
 
 def training(facts: Facts) -> str:

@@ -84,6 +84,17 @@ class Row:
     dots: tuple[float, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Fall:
+    """One row of a waterfall: the error that a step adds, and what has come together; None is not drawn."""
+
+    name: str
+    own: float | None
+    total: float | None
+    style: str
+    columns: tuple[str, ...] = field(default=())
+
+
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` multiples of 1, 2 or 5 × 10ⁿ that cover [low, high]."""
     raw = (high - low) / max(count, 1)
@@ -468,4 +479,36 @@ def interval_rows(rows: Sequence[Row], description: str, x_label: str, x_format:
             parts.append(element("circle", title, cx=x(one.value), cy=y, r=5.0, class_=f"mark {one.style}"))
         parts.append(label(width - right + 14, y + 4, one.detail, "label value"))
     parts.append(label((left + width - right) / 2, bottom + 38, x_label, "tick", "middle"))
+    return drawing(width, bottom + 44, description, *parts)
+
+
+def waterfall(falls: Sequence[Fall], heads: Sequence[str], description: str, x_format: Format, x_label: str) -> Html:
+    """Rows of bars on a logarithmic axis, with a diamond at the total, and columns of text at the right."""
+    width, row, left, right, top = 980.0, 32.0, 170.0, 300.0, 30.0
+    known = [value for fall in falls for value in (fall.own, fall.total) if value is not None and value > 0]
+    low = math.floor(math.log10(min(known, default=1e-6)))
+    high = max(math.ceil(math.log10(max(known, default=1.0))), low + 1)
+    x = Scale(low, high, left, width - right)
+    bottom = top + len(falls) * row
+    ticks = [float(power) for power in range(low, high + 1, max(1, (high - low) // 6))]
+    parts = [line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
+    parts += [label(x(tick), bottom + 18, x_format(10**tick), "tick", "middle") for tick in ticks]
+    parts.append(label((left + width - right) / 2, bottom + 36, x_label, "tick", "middle"))
+    columns = [width - right + 92, width - right + 184, width - 4]
+    parts += [label(place, top - 10, head, "tick", "end") for place, head in zip(columns, heads, strict=False)]
+    for index, fall in enumerate(falls):
+        y = top + index * row
+        parts.append(label(left - 12, y + row / 2 + 4, shorten(fall.name, 22), "label", "end", title=fall.name))
+        if fall.own is not None and fall.own > 0:
+            title = element("title", f"{fall.name}: adds {x_format(fall.own)}")
+            end = max(x(math.log10(fall.own)), left + 2)
+            box = {"x": left, "y": y + 8, "width": end - left, "height": row - 16}
+            parts.append(element("rect", title, **box, rx=2.0, class_=f"span {fall.style}"))
+        if fall.total is not None and fall.total > 0:
+            point = Point(fall.name, fall.total, 0, "reference", f"from the start {x_format(fall.total)}")
+            parts.append(mark(x(math.log10(fall.total)), y + row / 2, point))
+        parts += [
+            label(place, y + row / 2 + 4, text, "label value", "end")
+            for place, text in zip(columns, fall.columns, strict=False)
+        ]
     return drawing(width, bottom + 44, description, *parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.report import self_test
 from pipeline.report.facts import Facts, number, records
 from pipeline.report.formats import (
     MISSING,
@@ -36,6 +37,10 @@ def print_summary(run: dict[str, Any], console: Console) -> None:
     if facts.candidates:
         console.print()
         console.print(candidate_table(facts))
+    if self_test.found(facts):
+        console.print()
+        console.print(self_test_table(facts))
+        console.print(Text(terminal_text(f"self-test: {self_test.summary(facts)}", 300)), soft_wrap=True)
     console.print()
     for gates, style in ((facts.failed_gates, "red"), (facts.excused_gates, "yellow")):
         for gate in gates[:MAX_FAILED_GATES]:
@@ -104,6 +109,13 @@ def candidate_table(facts: Facts) -> Table:
     return plain_table(
         ("candidate", facts.metric, "difference", "p50", "speed", "size", "gates"), rows, numeric=range(1, 6)
     )
+
+
+def self_test_table(facts: Facts) -> Table:
+    """Which of the injected defects the gates caught."""
+    styles = {"✗ not caught": "red"}
+    rows = [((name, verdict, by), styles.get(verdict, "")) for name, verdict, by in self_test.markdown_cells(facts)]
+    return plain_table(("defect", "verdict", "gates"), rows, numeric=())
 
 
 def plain_table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], numeric: Sequence[int]) -> Table:

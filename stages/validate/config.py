@@ -139,6 +139,13 @@ class GatesConfig(StageConfig):
         description="Limit: largest peak of resident memory of a process that loads the model and runs it at batch 1 "
         "(bytes), ONNX Runtime itself included.",
     )
+    min_mutation_score: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Smallest share of the self-test's defects that these gates must catch (ratio). Then no control "
+        "may be red. Asks for the self-test.",
+    )
     engines: EngineRule = Field(
         default="require-receipt",
         description="Engines run on devices that this machine is not. require-receipt: each that is shipped has the "
@@ -203,6 +210,23 @@ class ValidateConfig(StageConfig):
         "The first decides what is shipped; one that this machine lacks is an error before anything runs.",
     )
     latency_calls: int = Field(default=100, ge=20, description="Timed calls of each runtime at batch 1 (number).")
+    self_test: bool = Field(
+        default=False,
+        description="Put some thirty known defects into this model, its graph and its preprocessing, and report which "
+        "of them the gates catch. Each costs one pass over `self_test_samples`.",
+    )
+    self_test_samples: int = Field(
+        default=512,
+        ge=1,
+        description="Most test samples that each defect of the self-test is run on (number). Below 268 no samples "
+        "prove a margin of 0.01, even where nothing flips.",
+    )
+    drift_samples: int = Field(
+        default=256,
+        ge=0,
+        description="Most test samples on which the error of each step, from the adapted network to the candidates, is "
+        "taken apart (number); 0: not at all.",
+    )
     receipts: tuple[str, ...] = Field(
         default=(), description="Files of `pipeline verify --receipt`, from the devices that engines are built for."
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from stages.validate.drift import drift_findings
 from stages.validate.engines import engine_notes
 from stages.validate.further import plan_in_words
+from stages.validate.self_test import self_test_notes
 
 REFERENCE = "pytorch"
 
@@ -39,6 +41,8 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"{evidence['threads']} threads that were measured"
         )
     lines += evidence["waivers"]
+    lines += drift_findings(evidence["drift"]["broken"]) if evidence["drift"] else []
+    lines += self_test_notes(evidence["self_test"]) if evidence["self_test"] else []
     chosen = f"chosen for {evidence['objective']} on {evidence['provider']}: {evidence['chosen'] or 'none'}"
     return [*lines, chosen, *engine_notes(evidence)]
 

@@ -1,7 +1,9 @@
 """validate: every candidate against the unpatched merged PyTorch network on the held-out test split.
 
-Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split.
-Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen.
+Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and quantize, the test split; finetune's
+`adapter/` for the first step of the drift.
+Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen; where a candidate fails
+`reproduce/`, which shows it without this project.
 Gates: enough samples; for each candidate, on every provider asked for, outputs that can be compared, metric drop,
 agreement and numeric error by precision; a candidate inside the limits on latency and size, where they are set; where
 engines are asked for, one for each target, proven on its device. No evidence is never a pass.
@@ -44,6 +46,7 @@ from stages.validate.further import add_further, planned_samples
 from stages.validate.gates import Scene, check, choice_gates, over_limits, settled
 from stages.validate.noise import NoiseFloor, noise_floor
 from stages.validate.notes import REFERENCE, notes_of
+from stages.validate.proofs import drift_of, self_test_of
 from stages.validate.providers import (
     DEVICES,
     PROVIDERS,
@@ -53,6 +56,7 @@ from stages.validate.providers import (
     require_providers,
     split_runs,
 )
+from stages.validate.self_test import self_test_gates
 from stages.validate.waivers import waiver_notes
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ class Validate:
 
     name = "validate"
     config_type = ValidateConfig
-    consumes = ("merge-lora", "export", "quantize")
+    consumes = ("finetune", "merge-lora", "export", "quantize")
     splits: tuple[SplitName, ...] = ("test",)
     packages = (
         *NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, *PROVIDER_PACKAGES, *ENGINE_PACKAGES,
@@ -148,7 +152,11 @@ class Validate:
         gates += engine_gates(engines, asked, config.gates.engines)
         further(ran)
         gates += engine_run_gates(ran, engines, checked)
+        tested = self_test_of(context, config, checkpoint, candidates, scene, outputs[REFERENCE], targets)
+        gates += self_test_gates(tested, config.gates.min_mutation_score)
         evidence |= {
+            "self_test": tested,
+            "drift": drift_of(context, config, checkpoint, candidates, scene, outputs, targets, evidence),
             "objective": config.objective,
             "chosen": chosen,
             "confusion": confusion(chosen, outputs, context, checkpoint),

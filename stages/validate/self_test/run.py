@@ -1,0 +1,263 @@
+"""Each defect put into the model, run on the same test samples, and judged as a candidate would be."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from models.errors import RuntimeInferenceError
+from stages.gate import Gate, GateResult
+from stages.validate.judge import Judge
+from stages.validate.metrics import Outputs, collect_outputs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.checkpoint import Checkpoint
+    from models.runtimes.base import Runtime
+    from stages.base import Progress
+    from stages.data.splits import Example
+    from stages.validate.self_test.subject import Arrays, Defect, Mutant, Subject
+
+PROBE_SAMPLES = 8
+"""Whose activations say how wide a range is."""
+
+COUNTED = ("caught", "escaped")
+
+STOPPED = "it does not run"
+"""Where a gate is named: validate ends with an error, and ships nothing."""
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What the mutants are made of and run on. `model` is the FP32 candidate's file, `precisions` those that there are
+    candidates of."""
+
+    model: Path
+    checkpoint: Checkpoint
+    examples: Sequence[Example]
+    precisions: tuple[str, ...]
+    batch_size: int
+    threads: int
+    progress: Progress
+
+
+def run_self_test(setup: SelfTest, judge: Judge) -> dict[str, Any]:
+    """The table of defects and controls, and what the gates made of them; plain values.
+
+    A defect is caught where a gate does not pass in every precision it is judged as; a gate that says the same of a
+    control is not counted. One that moves no output by more than the controls do is equivalent, and not counted either.
+
+    Raises:
+        RuntimeInferenceError: the unchanged graph does not run.
+    """
+    from stages.validate.self_test.defects import CONTROLS, DEFECTS
+    from stages.validate.self_test.subject import Mutant
+
+    started = time.monotonic()
+    whole = outputs_of(Mutant(), setup, "self-test: unchanged")
+    if whole.values is None:
+        return {"problem": whole.problem, "samples": len(setup.examples), "defects": [], "controls": []}
+    subject = subject_of(setup, judge)
+    controls = [tested(one, subject, setup, judge, whole, 0.0, {}, f"control: {one.name}") for one in CONTROLS]
+    noise = max((one["moved"] for one in controls if one["moved"] is not None), default=0.0)
+    red = {name: {tuple(said) for one in controls for said in one["said"].get(name, ())} for name in setup.precisions}
+    rows = [
+        tested(one, subject, setup, judge, whole, noise, red, f"self-test {place}/{len(DEFECTS)}: {one.name}")
+        for place, one in enumerate(DEFECTS, 1)
+    ]
+    counted = [one for one in rows if one["status"] in COUNTED]
+    caught = sum(one["status"] == "caught" for one in counted)
+    return {
+        "problem": "",
+        "samples": len(setup.examples),
+        "precisions": list(setup.precisions),
+        "defects": rows,
+        "controls": controls,
+        "noise": noise,
+        "caught": caught,
+        "counted": len(counted),
+        "score": caught / len(counted) if counted else None,
+        "by_precision": {
+            name: [sum(bool(gates) for gates in judged), len(judged)]
+            for name in setup.precisions
+            if (judged := [one["judged"][name] for one in counted if name in one["judged"]])
+        },
+        "false_alarms": sum(one["status"] == "caught" for one in controls),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def subject_of(setup: SelfTest, judge: Judge) -> Subject:
+    """What defects are put into."""
+    import numpy as np
+    import onnx
+
+    from stages.validate.self_test.subject import Subject
+
+    contents = [one.content for one in setup.examples[:PROBE_SAMPLES]]
+    inputs = setup.checkpoint.processing.arrays(contents)
+    values = judge.reference.values
+    spread = float(np.std(values)) if values is not None else 1.0
+    return Subject(onnx.load(str(setup.model)), setup.checkpoint, inputs, spread, setup.threads)
+
+
+def tested(
+    defect: Defect,
+    subject: Subject,
+    setup: SelfTest,
+    judge: Judge,
+    whole: Outputs,
+    noise: float,
+    red: Mapping[str, set[tuple[str, str]]],
+    description: str,
+) -> dict[str, Any]:
+    """A defect's row. `noise` is how far harmless changes move outputs, `red` by precision the (gate, verdict) that no
+    credit is given for, empty for a control itself, which is caught where a gate says fail or error. `moved` is the
+    largest change of any output, None where there are none to compare; `said` are all verdicts but passes."""
+    row: dict[str, Any] = {
+        **defect.summary(), "judged": {}, "said": {}, "moved": None, "reason": "", "numbers": {},
+    }  # fmt: skip
+    precisions = [defect.precision] if defect.precision else list(setup.precisions)
+    if not set(precisions) <= set(setup.precisions):
+        return row | {"status": "not applicable", "reason": f"there is no {defect.precision} candidate"}
+    mutant = defect.make(subject)
+    if isinstance(mutant, str):
+        return row | {"status": "not applicable", "reason": mutant}
+    try:
+        outputs = outputs_of(mutant, setup, description)
+    except RuntimeInferenceError as error:
+        judged = {name: [STOPPED] for name in precisions}
+        return row | {"status": "caught", "judged": judged, "reason": str(error).partition("\n")[0][:300]}
+    row["moved"] = moved = largest_change(outputs, whole)
+    if moved is not None and moved <= noise and red:  # controls are judged whatever they move
+        return row | {"status": "equivalent", "reason": "no output moves by more than harmless changes move it"}
+    numbers = judge.numbers(outputs)
+    row["numbers"] = {key: numbers[key] for key in SHOWN}
+    said = {
+        name: [
+            (one.name, one.verdict)
+            for one in judge.verdicts(defect.name, name, numbers)
+            if one.verdict != "pass" and (one.name, one.verdict) not in red.get(name, ())
+        ]
+        for name in precisions
+    }
+    row["said"] = {name: [list(one) for one in verdicts] for name, verdicts in said.items()}
+    row["judged"] = {name: list(dict.fromkeys(gate for gate, _ in verdicts)) for name, verdicts in said.items()}
+    if red:
+        caught = all(said.values())
+    else:
+        caught = any(verdict in ("fail", "error") for verdicts in said.values() for _, verdict in verdicts)
+    return row | {"status": "caught" if caught else "escaped", "reason": outputs.problem}
+
+
+SHOWN = ("relative_error", "sqnr_db", "agreement", "metric_difference", "kl")
+
+
+def largest_change(outputs: Outputs, whole: Outputs) -> float | None:
+    """Between two arrays of one shape; None where either is no evidence."""
+    import numpy as np
+
+    if outputs.values is None or whole.values is None or outputs.values.shape != whole.values.shape:
+        return None
+    return float(np.abs(outputs.values - whole.values).max())
+
+
+def outputs_of(mutant: Mutant, setup: SelfTest, description: str) -> Outputs:
+    """What a mutant makes of the samples, collected as a candidate's outputs are.
+
+    Raises:
+        RuntimeInferenceError: it cannot be loaded, or failed.
+    """
+    from models.probe import save_graph
+    from models.runtimes.onnxruntime_session import OnnxRuntimeSession
+    from models.runtimes.torch_eager import TorchEager
+
+    io, examples = setup.checkpoint.spec.io, changed_examples(mutant, setup.examples)
+    processing = mutant.processing or setup.checkpoint.processing
+    batch_size = max(1, setup.batch_size // 2) if mutant.halved_batch else setup.batch_size
+    folder: AbstractContextManager[str | None] = nullcontext()
+    if mutant.model is not None:
+        folder = tempfile.TemporaryDirectory(prefix="mutant-")
+    with folder as scratch:
+        runtime: Runtime
+        if mutant.network is not None:
+            runtime = TorchEager(mutant.network, io, "cpu", setup.threads)
+        else:
+            path = setup.model
+            if mutant.model is not None and scratch is not None:
+                path = Path(scratch) / "mutant.onnx"
+                save_graph(mutant.model, path)
+            runtime = OnnxRuntimeSession(path, threads=setup.threads, optimization=mutant.optimization)
+        if mutant.inputs is not None:
+            runtime = Before(runtime, mutant)
+        with runtime as opened:
+            return collect_outputs(opened, processing, examples, io, batch_size, setup.progress, description)
+
+
+def changed_examples(mutant: Mutant, examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples as a mutant is given them, in its order."""
+    if mutant.content is not None:
+        examples = [replace(one, content=mutant.content(one.content)) for one in examples]
+    return [*examples[mutant.shift :], *examples[: mutant.shift]]
+
+
+class Before:
+    """A runtime whose inputs a mutant changes first."""
+
+    def __init__(self, runtime: Runtime, mutant: Mutant) -> None:
+        self.runtime = runtime
+        self.mutant = mutant
+
+    def __enter__(self) -> Before:
+        self.runtime.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.runtime.__exit__(kind, error, trace)
+
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """See `models.runtimes.base.Runtime`."""
+        assert self.mutant.inputs is not None
+        return self.runtime.infer(self.mutant.inputs(inputs))
+
+
+def self_test_gates(found: dict[str, Any] | None, least: float | None) -> list[GateResult]:
+    """The share that must be caught, where one is asked for; then no control may be red either."""
+    if least is None or found is None:
+        return []
+    score = Gate("mutation score", "at least", least, "of the injected defects")
+    alarms = Gate("false alarms of the gates", "at most", 0.0, "controls")
+    escaped = [one["name"] for one in found["defects"] if one["status"] == "escaped"]
+    detail = found["problem"] or (f"not caught: {', '.join(escaped)}" if escaped else "")
+    return [
+        score.check("self-test", found.get("score"), found.get("counted", 0), detail),
+        alarms.check("self-test", found.get("false_alarms"), len(found["controls"]), found["problem"]),
+    ]
+
+
+def self_test_notes(found: dict[str, Any]) -> list[str]:
+    """The table in lines, for a person."""
+    if found["problem"]:
+        return [f"self-test: {found['problem']}"]
+    lines = [
+        f"self-test: {found['caught']} of {found['counted']} injected defects caught on {found['samples']} samples, "
+        f"{found['false_alarms']} of {len(found['controls'])} controls red, in {found['seconds']} s"
+    ]
+    for one in found["defects"]:
+        if one["status"] == "escaped":
+            where = ", ".join(name for name, gates in one["judged"].items() if not gates)
+            lines.append(f"self-test: not caught as {where}: {one['name']} ({one['what']})")
+    for one in found["controls"]:
+        if one["status"] == "caught":
+            gates = sorted({gate for red in one["judged"].values() for gate in red})
+            lines.append(f"self-test: control {one['name']} is red: {', '.join(gates)}")
+    return lines
