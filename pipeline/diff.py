@@ -21,7 +21,7 @@ from pipeline.report.formats import (
     format_points,
     format_ratio,
 )
-from pipeline.report.verdicts import Tests
+from pipeline.report.verdicts import Tests, title_of
 from stages.artifact import MANIFEST
 
 SCHEMA_VERSION = 1
@@ -230,8 +230,7 @@ def verdicts_of(facts: Facts) -> dict[str, str]:
     """Gate → verdict, and whether it is let through; of two gates with one name the worse."""
     found: dict[str, str] = {}
     for gate in Tests(facts).gates:  # the worst first
-        excused = gate.verdict != "pass" and not gate.stops
-        found.setdefault(gate.name, f"{gate.verdict} (let through)" if excused else gate.verdict)
+        found.setdefault(title_of(gate), f"{gate.verdict} ({gate.word})" if gate.word else gate.verdict)
     return found
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pipeline.report.facts import Facts
+from pipeline.report.facts import Facts, GateFact
 from pipeline.report.markup import clean, shorten
-from pipeline.report.verdicts import Checked, Tests
+from pipeline.report.verdicts import Tests, title_of
 
 Level = Literal["error", "warning", "notice"]
 
@@ -25,8 +25,8 @@ def render_annotations(run: dict[str, Any]) -> str:
     facts = Facts(run)
     tests = Tests(facts)
     errors = [(f"Stage {stage} failed", why) for stage, why in tests.broken]
-    errors += [(title_of(gate), gate.finding) for gate in tests.gates if gate.stops]
-    warnings = [(title_of(gate), gate.finding) for gate in tests.gates if gate.verdict != "pass" and not gate.stops]
+    errors += [titled(gate) for gate in tests.gates if gate.stops]
+    warnings = [titled(gate) for gate in facts.excused_gates]
     warnings += [("UNPROVEN", facts.unproven_sentence)] if facts.unproven_sentence else []
     if facts.disturbed:
         warnings.append(("Times are unreliable", "other processes used the cores while validate measured"))
@@ -37,10 +37,10 @@ def render_annotations(run: dict[str, Any]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def title_of(gate: Checked) -> str:
-    """The gate, what it is about, and what was found if that is not simply a failure."""
+def titled(gate: GateFact) -> tuple[str, str]:
+    """Title and message: the gate, what it is about, and what was found if that is not simply a failure."""
     found = "" if gate.verdict == "fail" else f" ({gate.verdict})"
-    return f"Gate {gate.name}{found}"
+    return f"Gate {title_of(gate)}{found}", gate.finding
 
 
 def commands(level: Level, found: list[tuple[str, str]]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.report.facts import Facts, mapping, records, sequence
 from pipeline.report.markup import json_text
-from pipeline.report.verdicts import Tests
+from pipeline.report.verdicts import Tests, title_of
 from stages.artifact import digest_of
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -33,10 +33,10 @@ def render_statement(run: dict[str, Any]) -> str:
         return ""
     tests = Tests(facts)
     failed = [f"{stage}: came to its end" for stage, _ in tests.broken]
-    failed += [gate.name for gate in tests.gates if gate.stops]
+    failed += [title_of(gate) for gate in facts.failed_gates]
     failed += [] if tests.gates else ["a gate was checked"]
     failed += ["the run passed"] if facts.status != "passed" and not failed else []
-    warned = [gate.name for gate in tests.gates if gate.verdict != "pass" and not gate.stops]
+    warned = [title_of(gate) for gate in facts.excused_gates]
     warned += [f"engine for {one.targets}: proven on its device" for one in facts.engines if not one.proven]
     statement = {
         "_type": STATEMENT,
@@ -47,7 +47,7 @@ def render_statement(run: dict[str, Any]) -> str:
             "configuration": configuration_of(facts),
             "passedTests": [
                 *(f"{stage}: came to its end" for stage in tests.ended),
-                *(gate.name for gate in tests.gates if gate.verdict == "pass"),
+                *(title_of(gate) for gate in tests.gates if gate.passed),
             ],
             "warnedTests": warned,
             "failedTests": failed,

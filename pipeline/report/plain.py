@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.report.facts import Facts, number, sequence
+from pipeline.report.facts import Facts, GateFact, number, sequence
 from pipeline.report.markup import json_text
-from pipeline.report.verdicts import Checked, Tests
+from pipeline.report.verdicts import Tests
 
 SCHEMA_VERSION = 1
 NUMBERS = ("metric", "latency_ms_p50", "latency_ms_p95", "throughput_per_s", "size_bytes")
@@ -50,21 +50,20 @@ def render_plain(run: dict[str, Any]) -> str:
     return json_text(json.dumps(report, indent=2)) + "\n"
 
 
-def gate_values(gate: Checked) -> dict[str, Any]:
+def gate_values(gate: GateFact) -> dict[str, Any]:
     """One gate."""
-    fact = gate.fact
     return {
-        "stage": fact.stage,
-        "name": fact.name,
-        "subject": fact.subject,
+        "stage": gate.stage,
+        "name": gate.name,
+        "subject": gate.subject,
         "verdict": gate.verdict,
         "stops": gate.stops,
-        "waived": gate.waived,
-        "measured": fact.measured,
-        "direction": fact.direction,
-        "threshold": fact.threshold,
-        "unit": fact.unit,
-        "message": fact.message,
+        "excuse": gate.outcome,
+        "measured": gate.measured,
+        "direction": gate.direction,
+        "threshold": gate.threshold,
+        "unit": gate.unit,
+        "message": gate.message,
     }
 
 

@@ -316,10 +316,10 @@ def test_of_a_thousand_slices_the_worst_are_drawn_and_the_others_counted() -> No
     assert "976 more are in run.json" in source
     judged["slices"][0]["interval"] = None  # a critical slice without samples
     source = render_html(run)
-    assert "label=0<" not in source and "975 more" in source
-    for one in run["stages"][4]["measurements"]["candidates"]:
-        del one["slices"]
-    assert "Difference by slice" not in render_html(run)
+    assert "975 more" in source
+    for entry in run["stages"][4]["measurements"]["candidates"]:
+        entry["slices"] = None
+    assert "difference by slice" not in render_html(run)
 
 
 def test_page_has_lineage_configuration_and_environment() -> None:
