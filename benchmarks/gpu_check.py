@@ -33,6 +33,7 @@ from models.runtimes.onnxruntime_session import INSTALL, TENSORRT_RTX
 from pipeline.machine import REPORTED_PACKAGES, describe_hardware
 from stages.base import PROVIDER_PACKAGES
 from stages.environment import version_of, versions_of
+from stages.gate import stops
 from stages.validate.providers import require_providers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,11 @@ SECONDS_OF_ALL = 600
 EXIT_GATE_FAILED, EXIT_MISSING = 1, MissingCapabilityError.exit_code
 
 # A head on frozen features: what is measured is the runtimes, and the network only has to be a real one.
-QUICK = ["finetune.strategy=feature-extraction", "validate.latency_calls=200", "data.max_test_samples=1000"]
+# That so few examples leave a small drop possible is no defect of a GPU; one that they show still fails.
+QUICK = [
+    "finetune.strategy=feature-extraction", "validate.latency_calls=200", "data.max_test_samples=1000",
+    "validate.on_inconclusive=pass",
+]  # fmt: skip
 NO_RECEIPT = "validate.gates.engines=allow-unproven"
 NUMBERS = (
     "name", "provider", "precision", "metric", "metric_difference", "agreement", "relative_error", "sqnr_db",
@@ -188,7 +193,7 @@ def bf16_training(bench: Bench) -> dict[str, Any]:
     manifest = bench.manifest("training", "finetune")
     if manifest["key_parts"]["device"] != bench.device:
         raise CheckFailed(f"it ran on {manifest['key_parts']['device']}")
-    failed = [gate["name"] for gate in manifest["gates"] if gate["verdict"] != "pass"]
+    failed = [gate["name"] for gate in manifest["gates"] if stops(gate)]
     if "training stays finite" in failed:
         raise CheckFailed("training diverged")
     return {"seconds": manifest["duration_s"], "device": manifest["key_parts"]["device"], "precision": precision,
@@ -249,9 +254,7 @@ def judged(bench: Bench, run: str) -> dict[str, Any]:
         "runs": [{key: one.get(key) for key in NUMBERS} for one in runs],
         "engines": {one["name"]: one["status"] for one in found["engines"] if one["ships_for"]},
         "gates_failed": [
-            f"{gate['name']} of {gate['subject']}: {gate['message']}"
-            for gate in manifest["gates"]
-            if gate["verdict"] != "pass"
+            f"{gate['name']} of {gate['subject']}: {gate['message']}" for gate in manifest["gates"] if stops(gate)
         ],
     }
     if numbers["gates_failed"]:
