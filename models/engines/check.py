@@ -117,7 +117,14 @@ def opset_findings(model: onnx.ModelProto, target: Target) -> Iterator[Finding]:
     opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
     if target.max_opset and opset > target.max_opset:
         reason = f"the graph has opset {opset}, and {target.name} reads {target.max_opset} at most"
-        yield Finding("", "graph", "", "opset", reason, f"set export.opset to {target.max_opset}")
+        yield Finding(
+            "",
+            "graph",
+            "",
+            "opset",
+            reason,
+            f"set export.opset to {target.max_opset}, or take a precision that needs no later one",
+        )
 
 
 def summary(findings: Sequence[Finding], most: int = 3) -> str:
