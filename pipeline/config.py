@@ -127,7 +127,6 @@ def make_config(
                     check_task(spec, config.task)
                 check_launch(config)
                 check_locked_tower(config)
-                check_max_drops(config)
     data, task = values.get("data"), str(values.get("task"))
     # Where feature-extraction could not be told, any modality says whether there is a source at all.
     modality = MODALITY_OF_TASK.get(FEATURES["image"] if task == ANY_FEATURES else task)
@@ -137,6 +136,8 @@ def make_config(
     if config is not None:
         with collected(problems, lines, file, "data", "label_names"):
             check_named(config.data, config.task)
+        with collected(problems, lines, file, "validate", "gates", "max_drops"):
+            check_max_drops(config)
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec

@@ -178,6 +178,25 @@ def test_only_a_dual_encoder_has_a_tower_to_lock(tmp_path: Path) -> None:
         load_config(write(tmp_path, f"{GOOD}\nfinetune: {{strategy: lp-ft, locked_tower: text}}\n"))
 
 
+def test_a_margin_of_a_metric_that_the_task_has_not_is_refused(tmp_path: Path) -> None:
+    margins = "validate: {gates: {max_drops: {Spearman: 0.1}}}"
+    with pytest.raises(
+        ConfigError, match=r":6 validate\.gates\.max_drops: 'Spearman' is no other metric of .*macro F1"
+    ):
+        load_config(write(tmp_path, f"{GOOD}\n{margins}\n"))
+    config, _ = load_config(write(tmp_path, f"{GOOD}\n{margins.replace('Spearman', 'macro F1')}\n"))
+    assert config.validate_.gates.max_drops == {"macro F1": 0.1}
+
+
+def test_waivers_of_no_gate_and_without_an_owner_are_refused_with_their_places(tmp_path: Path) -> None:
+    waiver = "{gate: acuracy drop, subject: x, reason: y, expires: 2030-01-01, digest: " + "a" * 64 + "}"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, f"{GOOD}\nvalidate:\n  waivers:\n    - {waiver}\n"))
+    said = "\n".join(str(problem) for problem in caught.value.problems)
+    assert "waivers.0.gate: found 'acuracy drop': there is no gate 'acuracy drop'" in said
+    assert "waivers.0.owner: is missing" in said
+
+
 def test_both_parts_of_a_dual_backbone_are_looked_for_beside_the_file(tmp_path: Path) -> None:
     for name in ("image", "text"):
         (tmp_path / name).mkdir()
