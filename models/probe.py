@@ -25,6 +25,7 @@ def tensor_values(
     """
     import onnx
 
+    from models.onnx_files import save_graph
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 
     made = {name for node in model.graph.node for name in node.output if name}
@@ -45,11 +46,3 @@ def tensor_values(
         save_graph(probed, path)
         with OnnxRuntimeSession(path, threads=threads, optimization="none") as session:
             return found | session.infer(taken)
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph; weights that a protobuf has no room for (2 GB) go beside it."""
-    import onnx
-
-    large = model.ByteSize() > 1_900_000_000
-    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)

@@ -91,12 +91,18 @@ def compare(found: Outputs, wanted: Outputs, targets: np.ndarray, task: Task) ->
 
     Where either is no evidence there is a `problem` and every number is None, which no gate passes.
     """
+    import numpy as np
+
     problem = found.problem or (f"the reference: {wanted.problem}" if wanted.problem else "")
     if found.values is None or wanted.values is None:
         return {"problem": problem, **dict.fromkeys(NUMBERS)}
     if found.values.shape != wanted.values.shape:
         problem = f"outputs have shape {found.values.shape}, the reference's {wanted.values.shape}"
         return {"problem": problem, **dict.fromkeys(NUMBERS)}
+    for values, whose in ((found.values, ""), (wanted.values, "the reference: ")):
+        if not np.isfinite(values).all():
+            problem = f"{whose}{int(np.count_nonzero(~np.isfinite(values)))} values are NaN or infinite"
+            return {"problem": problem, **dict.fromkeys(NUMBERS)}
     numbers = {**decisions(found.values, wanted.values, targets, task), **errors(found.values, wanted.values, task)}
     return {"problem": problem, **numbers}
 

@@ -4,7 +4,7 @@ Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and 
 `adapter/` for the first step of the drift.
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen; where a candidate fails
 `reproduce/`, which shows it without this project.
-Gates: enough samples; for each candidate, on every provider asked for, outputs that can be compared, metric drop,
+Gates: enough samples, none of them fitted on; for each candidate, on every provider asked for, outputs that can be compared, metric drop,
 agreement and numeric error by precision; a candidate inside the limits on latency and size, where they are set; where
 engines are asked for, one for each target, proven on its device. No evidence is never a pass.
 Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
@@ -44,6 +44,7 @@ from stages.validate.engine_runs import engine_run_gates, run_engines
 from stages.validate.engines import add_receipts, choose_engines, engine_gates, measured_engines
 from stages.validate.further import add_further, planned_samples
 from stages.validate.gates import Scene, check, choice_gates, over_limits, settled
+from stages.validate.leaks import FITTED, leak_gate
 from stages.validate.noise import NoiseFloor, noise_floor
 from stages.validate.notes import REFERENCE, notes_of
 from stages.validate.proofs import drift_of, self_test_of
@@ -95,7 +96,7 @@ class Validate:
     name = "validate"
     config_type = ValidateConfig
     consumes = ("finetune", "merge-lora", "export", "quantize")
-    splits: tuple[SplitName, ...] = ("test",)
+    splits: tuple[SplitName, ...] = (*FITTED, "test")
     packages = (
         *NETWORK_PACKAGES, *PROCESSING_PACKAGES, *RUNTIME_PACKAGES, *PROVIDER_PACKAGES, *ENGINE_PACKAGES,
         "scipy", "scikit-learn",
@@ -131,7 +132,7 @@ class Validate:
             return settled(found, config, entry["digest"])
 
         enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
-        gates = [enough.check("test split", float(evidence["samples"]))]
+        gates = [enough.check("test split", float(evidence["samples"])), leak_gate(context.data)]
         for entry in entries:
             results = checked(entry) + gates_elsewhere(entry["name"], runs, checked)
             entry["passed"] = not any(result.stops for result in results)

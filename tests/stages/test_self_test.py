@@ -102,6 +102,32 @@ def test_what_fooled_the_peers_is_caught(task: TaskName) -> None:
     assert {name: red[name] for name in CERTAIN} == dict.fromkeys(CERTAIN, True)
 
 
+BREAKS: tuple[tuple[TaskName, str], ...] = (
+    ("image-classification", "weight channels permuted"),
+    ("image-classification", "dropout left on"),
+    ("image-classification", "wrong mean and deviation"),
+    ("image-classification", "scaled twice"),
+    ("image-classification", "stale batch norm"),
+    ("image-classification", "BGR"),
+    ("image-classification", "nearest resize"),
+    ("image-classification", "another resize filter"),
+    ("image-classification", "squashed, not cropped"),
+    ("text-classification", "padding on the left"),
+    ("text-classification", "mask ignored"),
+    ("text-classification", "texts cut short"),
+    ("text-classification", "marks left out"),
+    ("audio-classification", "wrong sample rate"),
+    ("audio-classification", "quiet"),
+)
+
+
+@pytest.mark.parametrize(("task", "name"), BREAKS)
+def test_each_break_turns_a_gate_red(task: TaskName, name: str) -> None:
+    """Of an FP32 candidate, whose outputs are held to a thousandth of their range."""
+    (found,) = [one for one in found_on(task)["defects"] if one["name"] == name]
+    assert found["judged"]["fp32"]
+
+
 def test_the_loosest_gates_decide() -> None:
     """A defect is caught where it is seen in every precision that could ship."""
     found = found_on("image-classification")

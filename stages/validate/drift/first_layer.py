@@ -132,7 +132,7 @@ def run_piece(
     """What the good nodes make of the bad graph's tensors, which take the good ones' types."""
     import onnx
 
-    from models.probe import save_graph
+    from models.onnx_files import save_graph
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 
     arrays = {

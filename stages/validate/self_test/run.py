@@ -175,7 +175,7 @@ def outputs_of(mutant: Mutant, setup: SelfTest, description: str) -> Outputs:
     Raises:
         RuntimeInferenceError: it cannot be loaded, or failed.
     """
-    from models.probe import save_graph
+    from models.onnx_files import save_graph
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
 
