@@ -5,8 +5,9 @@ Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and 
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen; where a candidate fails
 `reproduce/`, which shows it without this project.
 Gates: enough samples, none of them fitted on; for each candidate, on every provider asked for, outputs that can be
-compared, metric drop, agreement and numeric error by precision; a candidate inside the limits on latency and size,
-where they are set; where engines are asked for, one for each target, proven on its device. No evidence is never a pass.
+compared, metric drop, agreement, numeric error by precision, slices, and what is asked for of flips, calibration and
+other metrics; a candidate inside the limits on latency, speed, size and memory, where they are set; where engines are
+asked for, one for each target, proven on its device. No evidence is never a pass; what leaves it open is inconclusive.
 Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
 """
 
