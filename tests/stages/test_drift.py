@@ -266,6 +266,7 @@ def test_numbers_of_the_script_are_those_of_its_definition() -> None:
     found = errors(wanted + np.array([[0, 1], [0, 0]], np.float32), wanted)
     assert found == {"max_abs_error": 1.0, "relative_error": 0.25, "sqnr_db": pytest.approx(10 * np.log10(24))}
     assert set(errors(np.full((2, 2), np.nan), wanted).values()) == {None}
+    assert set(errors(wanted, np.full((2, 2), np.nan)).values()) == {None}
     assert set(errors(wanted[:1], wanted).values()) == {None}
     assert same(None, None) and not same(None, 1.0) and same(1.0, 1.01) and not same(1.0, 1.1)
     assert SAMPLES >= 32

@@ -30,7 +30,7 @@ def errors(found: np.ndarray, wanted: np.ndarray) -> dict[str, float | None]:
     import numpy as np
 
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    if found.shape != wanted.shape or not np.isfinite(found).all():
+    if found.shape != wanted.shape or not (np.isfinite(found).all() and np.isfinite(wanted).all()):
         return {"max_abs_error": None, "relative_error": None, "sqnr_db": None}
     largest, scale = float(np.abs(found - wanted).max()), float(wanted.max() - wanted.min())
     noise, signal = float(np.square(found - wanted).sum()), float(np.square(wanted).sum())
