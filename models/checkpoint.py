@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,3 +79,30 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ModelError(f"{folder / WEIGHTS} does not fit the network it names: {error}") from error
     check_finite(model, str(folder))
     return Checkpoint(model.float().eval(), spec, processing_from_dict(spec.processing, folder))
+
+
+@contextmanager
+def weights_given_back(model: Classifier) -> Iterator[None]:
+    """Inside, the weights lie in memory of their own; afterwards that is free again, whoever still refers to it.
+
+    onnxscript's rewrite rules keep the last graph that they saw, with all of its weights, for as long as the process
+    lives, and so does a map of torch.export. The network cannot be run any more afterwards.
+    """
+    import mmap
+
+    import torch
+
+    tensors = [one for one in (*model.parameters(), *model.buffers()) if one.numel()]
+    sizes = [-(-one.numel() * one.element_size() // 64) * 64 for one in tensors]
+    memory = mmap.mmap(-1, max(sum(sizes), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = 0
+    for one, size in zip(tensors, sizes, strict=True):
+        place = torch.frombuffer(memory, dtype=one.dtype, count=one.numel(), offset=begin).view(one.shape)
+        place.copy_(one.detach())
+        one.data = place  # what it had before is free
+        begin += size
+    try:
+        yield
+    finally:
+        model.to("meta")
+        memory.madvise(mmap.MADV_DONTNEED)

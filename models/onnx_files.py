@@ -26,10 +26,14 @@ def weights_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+def files_of(path: Path) -> list[Path]:
+    """An ONNX file, and the weights beside it where there are any."""
+    return [one for one in (path, weights_beside(path)) if one.exists()]
+
+
 def size_of_file(path: Path) -> int:
     """Bytes of an ONNX file and the weights beside it."""
-    beside = weights_beside(path)
-    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    return sum(one.stat().st_size for one in files_of(path))
 
 
 def is_light(model: onnx.ModelProto) -> bool:
@@ -48,7 +52,8 @@ def size_of_tensor(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's numbers; types of less than a byte count as one."""
     from onnx.helper import tensor_dtype_to_np_dtype
 
-    return math.prod(tensor.dims) * int(tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    item: int = tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * item
 
 
 def protobuf_of(model: Any, path: Path) -> onnx.ModelProto:
@@ -61,7 +66,8 @@ def protobuf_of(model: Any, path: Path) -> onnx.ModelProto:
         onnx_ir.external_data.unload_from_model(
             model, path.parent, weights_beside(path).name, size_threshold_bytes=SMALLEST_OUTSIDE_BYTES
         )
-    return onnx_ir.to_proto(model)
+    proto: onnx.ModelProto = onnx_ir.to_proto(model)
+    return proto
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:

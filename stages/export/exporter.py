@@ -26,9 +26,11 @@ def export_onnx(
     """Export a copy of the network; retry with plain attention where the fused one does not decompose.
 
     The copy keeps the reference unpatched; it shares the weights, which nothing changes. Weights above what protobuf
-    holds are written beside `path`, where the graph is to be saved (`models.onnx_files`). In torch 2.13 some
-    scaled-dot-product attentions with an additive bias do not decompose ("Cannot view a tensor …"), and those over 3 or
-    5 axes have no ONNX form ("only 4D query, key, and value are supported"). docs/coverage.md has the families.
+    holds are written beside `path`, where the graph is to be saved (`models.onnx_files`).
+
+    In torch 2.13 some scaled-dot-product attentions with an additive bias do not decompose ("Cannot view a tensor …"),
+    and those over 3 or 5 axes have no ONNX form ("only 4D query, key, and value are supported"). docs/coverage.md has
+    the families.
 
     Raises:
         ExportError: both ways failed.

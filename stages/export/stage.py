@@ -11,7 +11,6 @@ Fails when: the network cannot be exported, the graph is not valid, an axis was 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -170,7 +169,7 @@ class Export:
         """Export once, convert to the other precisions, compare each with the reference."""
         import torch
 
-        from models.checkpoint import load_checkpoint
+        from models.checkpoint import load_checkpoint, weights_given_back
 
         torch.set_num_threads(context.threads)
         checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
@@ -180,11 +179,9 @@ class Export:
         targets = config.targets
         request = request_engines(targets, config.profile, config.engine_build, checkpoint.spec.io, shapes)
         opset = opset_for(config.opset, targets)
-        model, attention = export_onnx(
-            checkpoint, example_inputs(checkpoint, context), opset, context.output / "onnx-fp32.onnx"
-        )
-        checkpoint.model.to("meta")  # the weights are let go: from here on only what describes them is used
-        gc.collect()  # the exporter's graph refers to itself
+        path = context.output / "onnx-fp32.onnx"
+        with weights_given_back(checkpoint.model):
+            model, attention = export_onnx(checkpoint, example_inputs(checkpoint, context), opset, path)
         single = checkpoint.processing.arrays(contents_of(context, 1))
         gates: list[GateResult] = []
         candidates = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.graph import Product, module_of
+from models.onnx_files import is_light, save_graph
 from models.tasks import task_of
 from stages.base import StageContext
 from stages.quantize.search import harm_of_nodes
@@ -26,7 +28,11 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Workbench:
-    """What every attempt needs: the prepared graph, its products, where its work goes, the reference's answers."""
+    """What every attempt needs: the prepared graph, its products, where its work goes, the reference's answers.
+
+    The network of `checkpoint` has no weights any more. A light `model` (`models.onnx_files`) and the graphs made of it
+    have theirs in `scratch`, where they can be saved.
+    """
 
     context: StageContext
     config: QuantizeConfig
@@ -42,14 +48,18 @@ class Workbench:
         """What is asked of the network."""
         return task_of(self.checkpoint.spec.task)
 
+    def write(self, model: onnx.ModelProto, name: str) -> Path:
+        """Save a graph in `scratch`, where light ones have their weights."""
+        if is_light(self.model):
+            gc.collect()  # quantizers refer to themselves, and hold a large graph until they are found
+        save_graph(model, self.scratch / name)
+        return self.scratch / name
+
     def run(self, model: onnx.ModelProto, batches: Any) -> Iterator[dict[str, np.ndarray]]:
         """The outputs of a graph, batch by batch."""
-        import onnx
-
         from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 
-        path = self.scratch / "run.onnx"
-        onnx.save(model, path)
+        path = self.write(model, "run.onnx")
         with OnnxRuntimeSession(path, threads=self.context.threads) as session:
             for inputs in batches:
                 yield session.infer(inputs)

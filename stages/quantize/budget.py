@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import QuantizeError
 from models.graph import products_of, shares_of
+from models.onnx_files import files_of, is_light, load_weights, save_graph, size_of_file
 from stages.candidates import Candidate, check_label
 from stages.quantize.bench import (
     BATCH_SIZE,
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from stages.quantize.stage import QuantizeConfig
 
 
+ABOVE_2_GB: tuple[Scheme, ...] = ("int8-dynamic", "int8-static", "int8-symmetric")
+"""Schemes whose quantizers leave the weights of a large graph in their file."""
+
+
 def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate:
     """The variant with the fewest nodes in floating point that is inside the budget; where none is, the best one.
 
@@ -37,12 +42,15 @@ def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate
     on the validation split, which training has seen only to pick an epoch; the nodes are ranked on the calibration
     split, and the test split is not touched.
     """
-    import onnx
-
     name, kind = f"onnx-{scheme}", KINDS[scheme]
     if not plan.nodes:
         reason = f"there is nothing to quantize: the graph has no {plan.what}"
         return Candidate(name, f"{name}.onnx", kind.precision, 0, accepted=False, reason=reason)
+    if is_light(bench.model) and scheme not in ABOVE_2_GB:
+        raise QuantizeError(
+            f"{scheme} is not made of a graph above 2 GB, {' and '.join(ABOVE_2_GB)} are; take {scheme} out of "
+            "quantize.schemes"
+        )
     variant = guarded(scheme, plan.variant)
     harm: dict[str, float] = {}
     tried: dict[int, dict[str, Any]] = {}
@@ -60,7 +68,10 @@ def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate
     if count is None:
         count = max(tried, key=lambda one: closeness(tried[one]))
     target = bench.scratch / f"{name}.onnx"
-    onnx.save(variant(list(harm)[:count]), target)  # made again: all of them at once may not fit into memory
+    model = variant(list(harm)[:count])  # made again: all of them at once may not fit into memory
+    load_weights(model, bench.scratch)
+    save_graph(model, target)
+    del model
     never = {node.name for node in compute_nodes(bench.model)} - set(plan.nodes)
     floats = [node.name for node in bench.model.graph.node if node.name in never]
     measured = tried[count] | {
@@ -97,13 +108,10 @@ def closeness(measured: Mapping[str, Any]) -> tuple[float, float]:
 def judge(bench: Workbench, model: onnx.ModelProto, scheme: Scheme) -> dict[str, Any]:
     """Metric, agreement and cosine with the reference over the validation split; what its products really are in.
     `narrow_share` is the share of the multiply-accumulates in the scheme's precision, which `narrow` names."""
-    import onnx
-
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from stages.inputs import predict
 
-    path = bench.scratch / "judge.onnx"
-    onnx.save(model, path)
+    path = bench.write(model, "judge.onnx")
     context = bench.context
     with OnnxRuntimeSession(path, threads=context.threads) as session:
         examples = context.data["validation"]
@@ -159,7 +167,8 @@ def keep_or_leave_out(bench: Workbench, path: Path, measured: dict[str, Any], sc
     precision = KINDS[scheme].precision
     check_label(path.stem, precision, measured["mac_shares"])
     reason = outside_budget(bench.config, measured, scheme)
-    size = path.stat().st_size
+    size = size_of_file(path)
     if not reason:
-        shutil.move(path, bench.context.output / path.name)
+        for file in files_of(path):
+            shutil.move(file, bench.context.output / file.name)
     return Candidate(path.stem, path.name, precision, size, accepted=not reason, reason=reason, measurements=measured)

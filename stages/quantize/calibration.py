@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.errors import QuantizeError
+from models.onnx_files import is_light
 from stages.quantize.qdq import QUANTIZED_OPS, quantizable_nodes
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def calibrator_of(path: Path, augmented: Path, method: Method, percentile: float
     By operator type alone it would take every addition: that of a transformer's mask holds -3.4e38, which no histogram
     has room for.
     """
+    import onnx
     from onnxruntime.quantization.calibrate import EntropyCalibrater, MinMaxCalibrater, PercentileCalibrater
 
     bins = {"num_bins": BINS[method]} if method in BINS else {}
@@ -99,6 +101,9 @@ def calibrator_of(path: Path, augmented: Path, method: Method, percentile: float
         "mse": PercentileCalibrater,  # only its histograms are used
     }
     calibrator = make[method](path, QUANTIZED_OPS, str(augmented), **bins)
+    graph = onnx.load(str(path), load_external_data=False)
+    if is_light(graph):
+        calibrator.model = graph  # in place of the whole one; its shapes are inferred already
     nodes = quantizable_nodes(calibrator.model, "onnxruntime")
     wanted = {name for node in nodes for name in (*node.input, *node.output)}
     tensors, infos = calibrator.select_tensors_to_calibrate(calibrator.model)

@@ -9,11 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from models.errors import QuantizeError
+from models.onnx_files import is_light
 from stages.quantize.bench import Workbench, quantizer_errors
 from stages.quantize.calibration import BATCH_SIZES, calibrate_ranges
 from stages.quantize.fp8 import fp8_from_int8
 from stages.quantize.int4 import BlockForm, blockwise_nodes, quantize_blocks
-from stages.quantize.qdq import Form, Layout, compute_nodes, quantizable_nodes, quantize_graph
+from stages.quantize.qdq import Form, Layout, compute_nodes, quantizable_nodes, quantize_graph, quantize_weights
 from stages.quantize.repairs import outcome_in_words, repaired
 from stages.quantize.schemes import Backend, Plan, Scheme, Variant
 
@@ -39,18 +40,9 @@ def plan_dynamic(bench: Workbench) -> Plan:
 
 def quantize_dynamically(bench: Workbench, floats: Collection[str]) -> onnx.ModelProto:
     """A copy with the other products and embeddings in INT8."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    source, target = bench.scratch / "source.onnx", bench.scratch / "dynamic.onnx"
-    onnx.save(bench.model, source)
     products = {node.name for node in compute_nodes(bench.model)} - set(floats)
     left = [node.name for node in bench.model.graph.node if node.op_type == "MatMul" and node.name not in products]
-    quantize_dynamic(
-        str(source), str(target), op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
-        reduce_range=bench.config.reduce_range, weight_type=QuantType.QInt8, nodes_to_exclude=left,
-    )  # fmt: skip
-    return onnx.load(str(target))
+    return quantize_weights(bench.model, left, bench.config.reduce_range, bench.scratch)
 
 
 def plan_static(bench: Workbench, layout: Layout, repairs: bool = True) -> Plan:
@@ -61,9 +53,10 @@ def plan_static(bench: Workbench, layout: Layout, repairs: bool = True) -> Plan:
     form = Form(layout, bench.config.reduce_range)
 
     def quantized(model: onnx.ModelProto) -> Variant:
-        return partial(quantize_graph, model, calibrate(replace(bench, model=model), layout), form)
+        ranges = calibrate(replace(bench, model=model), layout)
+        return partial(quantize_graph, model, ranges, form, folder=bench.scratch)
 
-    asked = bench.config.repairs if repairs else ()
+    asked = bench.config.repairs if repairs and not is_light(bench.model) else ()  # they hold several graphs at once
     variant, outcomes = repaired(bench.model, asked, quantized, partial(run_calibration, bench))
     for one in outcomes:
         bench.context.log.info("           %s: %s", SCHEME_OF[layout], outcome_in_words(one))
@@ -98,14 +91,11 @@ PLANS: Backend = {
 
 def calibrate(bench: Workbench, layout: Layout) -> TensorsData:
     """The range of every activation over the calibration split, through the real preprocessing."""
-    import onnx
-
     from stages.inputs import batches
 
     config, context = bench.config, bench.context
     examples = context.data["calibration"][: config.calibration_samples]
-    path = bench.scratch / "source.onnx"
-    onnx.save(bench.model, path)
+    path = bench.write(bench.model, "source.onnx")
     size = BATCH_SIZES[config.calibration]
     with context.progress.task("calibration", math.ceil(len(examples) / size)) as advance:
         arrays = (inputs for inputs, _ in batches(bench.checkpoint.processing, examples, size))

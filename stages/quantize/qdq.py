@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from models.onnx_files import is_light, load_weights, outside
 
 if TYPE_CHECKING:
     import onnx
@@ -67,9 +70,11 @@ def quantizable_nodes(model: onnx.ModelProto, layout: Layout) -> list[onnx.NodeP
 
 
 def quantize_graph(
-    model: onnx.ModelProto, ranges: TensorsData, form: Form, floats: Collection[str] = ()
+    model: onnx.ModelProto, ranges: TensorsData, form: Form, floats: Collection[str] = (), folder: Path = Path()
 ) -> onnx.ModelProto:
     """A copy in which every quantizable node that is not named in `floats` reads INT8 inputs and weights.
+
+    `folder` is where the weights of a light graph lie: only those that become INT8 are read from there.
 
     Weights are symmetric with a scale a channel. Biases stay in floating point (TensorRT parses no INT32
     dequantization), and so do the outputs of products: with them in INT8 the agreement fell from .936 to .906
@@ -80,8 +85,10 @@ def quantize_graph(
 
     tensorrt = form.layout == "tensorrt"
     targets = [node for node in quantizable_nodes(model, form.layout) if node.name not in floats]
+    whole = copy.deepcopy(model)
+    load_weights(whole, folder, {name for node in targets for name in node.input})
     quantizer = QDQQuantizer(
-        copy.deepcopy(model),
+        whole,
         per_channel=True,
         reduce_range=form.reduce_range,
         weight_qType=QuantType.QInt8,
@@ -103,7 +110,52 @@ def quantize_graph(
     restore_float_inputs(model, result, targets)
     quantizer.model.topological_sort()  # the quantizer appends its pairs at the end
     del result.graph.value_info[:]
-    return result
+    return copy.deepcopy(result) if is_light(model) else result  # a protobuf keeps what was deleted from it
+
+
+def quantize_weights(
+    model: onnx.ModelProto, floats: Collection[str], reduce_range: bool, folder: Path = Path()
+) -> onnx.ModelProto:
+    """A copy in which matrix products with constant weights, but for the nodes named in `floats`, and embeddings have
+    INT8 weights, symmetric with a scale a channel; activations get their scale at run time.
+
+    It is ONNX Runtime's `quantize_dynamic`, whose class writes the graph and reads it back before it starts: three
+    models in memory. Of a light graph (its weights lie in `folder`) the weights are therefore put in afterwards.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode
+
+    whole = copy.deepcopy(model)
+    read_first = {name for node in model.graph.node if node.op_type == "Gemm" for name in node.input}  # it turns these
+    load_weights(whole, folder, read_first)
+    places = {tensor.name: copy.deepcopy(tensor) for tensor in whole.graph.initializer if outside(tensor)}
+    for tensor in whole.graph.initializer:
+        if tensor.name in places:
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+    quantizer = ONNXQuantizer(
+        whole,
+        per_channel=True,
+        reduce_range=reduce_range,
+        mode=QuantizationMode.IntegerOps,
+        static=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=None,
+        nodes_to_quantize=[],
+        nodes_to_exclude=list(floats),
+        op_types_to_quantize=["MatMul", "Gather"],
+        extra_options={"MatMulConstBOnly": True},
+    )
+    for tensor in quantizer.model.model.graph.initializer:
+        if tensor.name in places:
+            tensor.CopyFrom(places[tensor.name])
+    load_weights(quantizer.model.model, folder)
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    result: onnx.ModelProto = quantizer.model.model
+    return copy.deepcopy(result) if places else result  # a protobuf keeps the memory of what was deleted from it
 
 
 def restore_float_inputs(

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from models.errors import QuantizeError
 from models.graph import carry_modules, products_of
+from models.onnx_files import SMALLEST_OUTSIDE_BYTES, save_graph, weights_beside
 from models.tasks import task_of
 from stages.base import (
     NETWORK_PACKAGES,
@@ -44,10 +45,6 @@ if TYPE_CHECKING:
     import onnx
 
     from models.checkpoint import Checkpoint
-
-LARGEST_GRAPH_BYTES = 1_900_000_000
-"""Protobuf ends at 2 GiB; the weights of larger graphs lie in a second file, which is not handled here."""
-
 
 BackendName = Literal["onnxruntime", "modelopt"]
 
@@ -228,44 +225,63 @@ def note_of(candidate: Candidate) -> str:
 
 
 def open_workbench(context: StageContext, config: QuantizeConfig, scratch: Path) -> Workbench:
-    """Prepare the graph, and run the reference, the unpatched merged network, once over the validation split."""
-    import onnx
-
+    """Run the reference, the unpatched merged network, once over the validation split, and prepare the graph."""
     from models.checkpoint import load_checkpoint
     from models.runtimes.torch_eager import TorchEager
     from stages.inputs import predict
 
     checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
-    model = prepare_graph(context.inputs["export"].file("onnx-fp32.onnx"), scratch)
-    onnx.save(model, scratch / "prepared.onnx")
-    products = products_of(scratch / "prepared.onnx", one_example(checkpoint, context), context.threads)
     examples = context.data["validation"]
     with TorchEager(checkpoint.model, checkpoint.spec.io, "cpu", context.threads) as runtime:
         outputs = predict(runtime, checkpoint.processing, examples, BATCH_SIZE, context.progress, "reference")
+    checkpoint.model.to("meta")  # its weights are let go
+    model = prepare_graph(context.inputs["export"].file("onnx-fp32.onnx"), scratch)
+    save_graph(model, scratch / "prepared.onnx")
+    products = products_of(scratch / "prepared.onnx", one_example(checkpoint, context), context.threads)
     spec = checkpoint.spec
     targets = task_of(spec.task).targets([one.label for one in examples], spec.io.width)
     return Workbench(context, config, checkpoint, model, products, scratch, outputs, targets)
 
 
 def prepare_graph(path: Path, scratch: Path) -> onnx.ModelProto:
-    """The fp32 graph with constants folded, batch norm fused into convolutions, and every node named.
+    """The fp32 graph with constants folded, batch norm fused into convolutions, shapes inferred, and every node named.
+
+    It is ONNX Runtime's `quant_pre_process`, which holds a large graph in memory twice. Of a light graph the weights
+    are in `scratch`.
 
     Raises:
-        QuantizeError: the graph is too large, or ONNX Runtime's preprocessing refuses it.
+        QuantizeError: ONNX Runtime refuses the graph.
     """
     import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization.quant_utils import add_infer_metadata, add_pre_process_metadata
 
-    if path.stat().st_size > LARGEST_GRAPH_BYTES or path.with_name(f"{path.name}.data").exists():
-        raise QuantizeError(f"{path.name} is above 2 GB, which INT8 does not handle yet; set quantize.schemes: []")
     target = scratch / "prepared.onnx"
     try:
-        quant_pre_process(str(path), str(target), skip_symbolic_shape=True)
-        model = onnx.load(str(target))
-        carry_modules(onnx.load(str(path)), model)
+        optimize_file(path, target)
+        onnx.shape_inference.infer_shapes_path(str(target))
+        model = onnx.load(str(target), load_external_data=False)
+        carry_modules(onnx.load(str(path), load_external_data=False), model)
+        add_pre_process_metadata(model)
+        add_infer_metadata(model)  # else the quantizer would write it, infer again and read it back, once a variant
     except quantizer_errors() as error:
         message = f"ONNX Runtime's quantizer refuses {path.name}: {error}; set quantize.schemes: [] to go without INT8"
         raise QuantizeError(message) from error
     for index, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{index}"  # the exporter's names carry a counter that differs between versions
     return model
+
+
+def optimize_file(path: Path, target: Path) -> None:
+    """Write what ONNX Runtime's basic optimizations, which keep to standard operators, make of a file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it is not run
+    if weights_beside(path).exists():
+        prefix = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{prefix}_file_name", weights_beside(target).name)
+        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(SMALLEST_OUTSIDE_BYTES))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

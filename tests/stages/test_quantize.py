@@ -216,7 +216,9 @@ def test_too_small_a_share_is_not_worth_shipping(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_the_quantizer_left_as_it_was_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.quantize.onnxruntime_backend.quantize_graph", lambda model, *_: copy.deepcopy(model))
+    monkeypatch.setattr(
+        "stages.quantize.onnxruntime_backend.quantize_graph", lambda model, *_, **__: copy.deepcopy(model)
+    )
     config = QuantizeConfig(min_int8_share=0, max_metric_drop=1, min_agreement=0)
     with pytest.raises(StageError, match=r"onnx-int8-static is labelled int8, but its arithmetic is 100% fp32"):
         candidate_of(bench_of(tmp_path, config))
