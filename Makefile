@@ -57,13 +57,13 @@ imports: env ## pipeline → stages → models
 check: lint types imports ## lint, types and import contracts
 
 test: env prompts-if-possible ## All tests that need no GPU
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not large"
 
 test-fast: env prompts-if-possible ## Without the slow tests
-	$(PYTEST) -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow and not large"
 
-test-slow: env prompts-if-possible ## Only the slow tests: real weights, whole runs
-	$(PYTEST) -m "slow and not gpu"
+test-slow: env prompts-if-possible ## Only the slow tests: real weights, whole runs, a network of 3 GB (12 GB of memory)
+	$(PYTEST) -m "(slow or large) and not gpu"
 
 test-gpu: env ## Tests that need a GPU
 	$(BIN)/pytest -m gpu

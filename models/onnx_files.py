@@ -52,8 +52,7 @@ def size_of_tensor(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's numbers; types of less than a byte count as one."""
     from onnx.helper import tensor_dtype_to_np_dtype
 
-    item: int = tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * item
+    return math.prod(int(size) for size in tensor.dims) * int(tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def protobuf_of(model: Any, path: Path) -> onnx.ModelProto:

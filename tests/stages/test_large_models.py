@@ -11,10 +11,16 @@ import pytest
 from onnx import TensorProto
 
 import models.onnx_files as onnx_files
+from models.bundle import open_bundle
+from models.errors import IntegrityError
+from pipeline.machine import peak_memory_bytes, reset_peak_memory
 from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.export import Export, ExportConfig
+from stages.package import Package, PackageConfig
 from stages.quantize import Quantize, QuantizeConfig
+from stages.validate import Validate, ValidateConfig
+from tests.models.tiny import BERT, saved_checkpoint, text_backbone
 from tests.stages.chain import artifact_of, context_of, made, test_split
 
 TASK = "text-classification"
@@ -42,35 +48,72 @@ def locations(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("keep_float", ["none", "auto"])
-def test_weights_beside_the_graph_go_through_the_whole_chain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_float: str
-) -> None:
-    artifacts = {"merge-lora": made(TASK)["merge-lora"]}
-    # fp32 has 26 kB of weights in this network; INT8 above 3 kB, too, where nodes stay in floating point.
+def test_weights_beside_the_graph_go_through_the_whole_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 has 26 kB of weights in this network, and INT8 above 3 kB."""
+    small = made(TASK)["export"]  # made below the limit
     monkeypatch.setattr(onnx_files, "LARGEST_FILE_BYTES", 3_000)
     monkeypatch.setattr(onnx_files, "SMALLEST_OUTSIDE_BYTES", 256)
-    budget = LOOSE if keep_float == "none" else {"max_metric_drop": 0.0, "min_agreement": 1.0, "min_int8_share": 0.0}
+    artifacts = run_chain(tmp_path, {"merge-lora": made(TASK)["merge-lora"]}, ExportConfig())
+    for name in ("export", "quantize"):
+        paths = sorted(artifacts[name].folder.glob("*.onnx"))
+        assert len(paths) == 2
+        for path in paths:
+            assert locations(path) == {f"{path.name}.data"}
+            onnx.checker.check_model(str(path), full_check=True)
+    for name in ("onnx-fp32.onnx", "onnx-fp16.onnx"):  # nothing but the place has changed
+        assert not (small.folder / f"{name}.data").exists()
+        assert numbers_of(onnx.load(artifacts["export"].file(name))) == numbers_of(onnx.load(small.file(name)))
+    check_bundle(artifacts["package"].folder / "bundle")
+
+
+def numbers_of(model: onnx.ModelProto) -> dict[str, bytes]:
+    """The bytes of every weight."""
+    return {one.name: onnx.numpy_helper.to_array(one).tobytes() for one in model.graph.initializer}
+
+
+def run_chain(folder: Path, artifacts: dict[str, Artifact], export: ExportConfig) -> dict[str, Artifact]:
+    """export → quantize → validate → package; every artifact by its stage."""
+    gates = {"min_samples": 24, "min_sqnr_db": -50, "min_agreement_int8": 0, **LOOSE}
     stages: list[tuple[str, Any, Any]] = [
-        ("export", Export, ExportConfig()),
-        ("quantize", Quantize, QuantizeConfig.model_validate({"keep_float": keep_float, **budget})),
+        ("export", Export, export),
+        ("quantize", Quantize, QuantizeConfig.model_validate({"calibration_samples": 8, **LOOSE})),
+        ("validate", Validate, ValidateConfig.model_validate({"latency_calls": 20, "gates": gates})),
+        ("package", Package, PackageConfig(name="large", include="all-passed")),
     ]
     for name, stage, config in stages:
-        context = context_at(tmp_path / name, artifacts)
+        context = context_at(folder / name, artifacts)
+        reset_peak_memory()
         result = stage().run(context, config)
-        assert name == "quantize" or all(gate.passed for gate in result.gates), result.gates
+        assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]
         artifacts[name] = artifact_of(name, context.output)
-        for path in context.output.glob("*.onnx"):
-            assert locations(path) == {f"{path.name}.data"}, path
-            onnx.checker.check_model(str(path), full_check=True)
-    same = made(TASK)
-    for name in ("onnx-fp32.onnx", "onnx-fp16.onnx"):
-        large, small = (onnx.load(where["export"].file(name)) for where in (artifacts, same))
-        values = [{one.name: onnx.numpy_helper.to_array(one).tobytes() for one in model.graph.initializer}
-                  for model in (large, small)]  # fmt: skip
-        assert values[0] == values[1]
+        artifacts[name].manifest["peak_memory_bytes"] = peak_memory_bytes()
+    return artifacts
 
 
-def test_a_small_graph_is_one_file(tmp_path: Path) -> None:
-    names = set(made(TASK)["export"].manifest["files"])
-    assert names == {"candidates.json", "onnx-fp32.onnx", "onnx-fp16.onnx"}
+def check_bundle(bundle: Path) -> None:
+    """It verifies, holds the weights as plain files, and does not verify with one bit of them changed."""
+    weights = sorted((bundle / "model").glob("*.data"))
+    assert weights and not any(path.is_symlink() or path.stat().st_nlink > 1 for path in weights)
+    with open_bundle(bundle) as opened:
+        assert all(check.ok for check in opened.verify().checks)
+    with weights[0].open("r+b") as stream:
+        first = stream.read(1)
+        stream.seek(0)
+        stream.write(bytes([first[0] ^ 1]))
+    with pytest.raises(IntegrityError, match=weights[0].name):
+        open_bundle(bundle)
+
+
+@pytest.mark.large
+@pytest.mark.timeout(3 * 3600)
+def test_a_network_of_3_gb_takes_three_times_its_size_at_most(tmp_path: Path) -> None:
+    """BERT with 4 layers of width 4096: 3.26 GB in FP32."""
+    wide = {"hidden_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 16, "intermediate_size": 16384}
+    saved_checkpoint(tmp_path / "merge-lora" / "checkpoint", text_backbone({**BERT, **wide, "vocab_size": 2000}))
+    size = (tmp_path / "merge-lora" / "checkpoint" / "model.safetensors").stat().st_size
+    assert size > 3e9
+    artifacts = {"merge-lora": artifact_of("merge-lora", tmp_path / "merge-lora")}
+    artifacts = run_chain(tmp_path, artifacts, ExportConfig())
+    peaks = {name: artifacts[name].manifest["peak_memory_bytes"] / size for name in ("export", "quantize")}
+    assert max(peaks.values()) <= 3, peaks
+    check_bundle(artifacts["package"].folder / "bundle")
