@@ -59,7 +59,7 @@ def fp16_from_fp32(
     return converted
 
 
-def bf16_from_fp32(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+def bf16_from_fp32(model: onnx.ModelProto, folder: Path = Path()) -> onnx.ModelProto:
     """BF16 weights and arithmetic; norms, sums, softmax, and operators that have no BF16 form stay in FP32.
 
     The converter to FP16 decides what is converted and where casts go; then every FP16 becomes BF16, with the weights
