@@ -69,6 +69,9 @@ bf16: its unit roundoff is eight times as large; measured .5 and 3.3 % by roundi
 BFLOAT16 = 16
 """`onnx.TensorProto.BFLOAT16`."""
 
+NO_KERNEL = "NOT_IMPLEMENTED"
+"""What ONNX Runtime says of an operator that it knows and has no code for, in this type."""
+
 MINIMUM_FLOOR = 1e-6
 """The noise floor is not taken below this: fp32's own roundoff is 6e-8 and a kernel sums thousands of terms."""
 
@@ -244,6 +247,8 @@ def file_to_run(
         with OnnxRuntimeSession(path, threads=context.threads):
             return path, ""
     except RuntimeInferenceError as error:
+        if NO_KERNEL not in str(error):
+            raise
         stand_in = context.resume / f"{path.stem}-rounded.onnx"
         save_graph(rounded_in_fp32(model), stand_in)
         return stand_in, f"ONNX Runtime does not run BF16 here, so that nothing measures the file itself: {error}"
