@@ -37,6 +37,11 @@ LONGEST_SECONDS = 3600
 """Limit on ModelOpt's time. MiniLM took 5 to 17 s on two cores."""
 
 
+AWQ_SAMPLES = BATCH_SIZE
+"""Calibration examples for AWQ: one batch. It holds the activations of all batches at once and joins them, which
+batches of texts of different lengths do not allow; its authors use as few."""
+
+
 def require_modelopt() -> None:
     """Raises `MissingCapabilityError` where a package is not installed."""
     missing = [name for name in ("modelopt", "onnx_graphsurgeon", "onnxslim") if find_spec(name) is None]
@@ -108,7 +113,8 @@ def run_modelopt(bench: Workbench, settings: Mapping[str, Any], scheme: Scheme) 
     folder.mkdir()
     onnx.save(bench.model, folder / SOURCE)
     (folder / REQUEST).write_text(json.dumps(settings), encoding="utf-8")
-    examples = bench.context.data["calibration"][: bench.config.calibration_samples]
+    most = AWQ_SAMPLES if settings["quantize_mode"] == "int4" else bench.config.calibration_samples
+    examples = bench.context.data["calibration"][:most]
     if not examples:
         raise QuantizeError("the calibration split is empty; raise data.calibration_fraction")
     for index, (arrays, _) in enumerate(batches(bench.checkpoint.processing, examples, BATCH_SIZE)):
