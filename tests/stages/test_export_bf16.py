@@ -114,8 +114,8 @@ def test_bf16_is_compared_and_not_accepted(tmp_path: Path, task: TaskName) -> No
 
 
 def test_a_wrong_bf16_graph_fails_by_its_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: onnx.ModelProto) -> onnx.ModelProto:
-        converted = bf16_from_fp32(model)
+    def broken(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+        converted = bf16_from_fp32(model, folder)
         tensor = next(one for one in converted.graph.initializer if "task_head.weight" in one.name)
         values = np.roll(numpy_helper.to_array(tensor), 1, axis=0)
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -139,7 +139,11 @@ def test_its_engines_are_built_and_not_shipped(tmp_path: Path) -> None:
     left = next(one for one in result.measurements["engines_left_out"] if one["candidate"] == "onnx-bf16")  # type: ignore[attr-defined]
     assert left["targets"] == ("sm75",) and "bfloat16" in left["reason"]
     config = ValidateConfig.model_validate(
-        {"latency_calls": 20, "objective": "size", "gates": {"min_samples": 24, "engines": "allow-unproven"}}
+        {
+            "latency_calls": 20,
+            "objective": "size",
+            "gates": {"min_samples": 24, "metric_drop": "observed", "engines": "allow-unproven"},
+        }
     )
     inputs = {**made(), "export": artifact}
     evidence = Validate().run(context_of(tmp_path / "validate", inputs), config).measurements
