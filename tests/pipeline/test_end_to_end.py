@@ -97,6 +97,7 @@ def test_the_bundle_verifies_and_predicts(finished: tuple[str, Path]) -> None:
     assert right >= 5  # of 8; eight at random of ten classes have 5 right once in 2,000 tries
 
 
+@pytest.mark.large
 def test_transfer_pays(finished: tuple[str, Path], tmp_path: Path) -> None:
     """On the held-out test images: far above the same network from scratch, and above the frozen probe."""
     name, folder = finished
