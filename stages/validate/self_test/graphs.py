@@ -198,14 +198,20 @@ def permute_channels(subject: Subject) -> Mutant | str:
 
 
 def kill_channel(subject: Subject) -> Mutant | str:
-    """The weights of one channel, half-way through the network, are zero: of that with the largest."""
+    """The weights of one channel, half-way through the network, are zero: of that which varies most.
+
+    Not of that with the largest weights: a batch norm over a channel that is dead already divides by next to nothing,
+    and is folded into them.
+    """
     import numpy as np
 
     if not subject.products:
         return "no node multiplies with a weight"
     node, model = subject.products[len(subject.products) // 2], copied(subject.model)
     weight = np.moveaxis(weight_of(model, node).copy(), weight_axis(node), 0)
-    weight[np.square(weight).reshape(len(weight), -1).sum(1).argmax()] = 0
+    given = subject.activations[node.output[0]]
+    channels = np.moveaxis(given, 1 if node.op_type.startswith("Conv") else -1, 0)
+    weight[channels.reshape(len(channels), -1).std(1)[: len(weight)].argmax()] = 0
     set_weight(model, node.name, np.ascontiguousarray(np.moveaxis(weight, 0, weight_axis(node))))
     return Mutant(model)
 
