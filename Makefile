@@ -9,7 +9,7 @@ DEMO_CONFIG ?= pipeline/recipes/vision.yaml
 # Two processes of one thread, a file each: threads that wait for each other on busy cores are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30
 
-.PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training gpu-check sweep docs docker clean
+.PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training bench-quantize gpu-check sweep docs docker clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ bench: env ## Wall time and memory of the demo by stage, against the same steps 
 
 bench-training: env ## Cached features against a frozen backbone; a training step against a loop of bare PyTorch
 	$(BIN)/python benchmarks/bench_training.py
+
+bench-quantize: env ## Export and INT8 against the bare quantizers, and against Olive (ARGS="--olive PYTHON")
+	$(BIN)/python benchmarks/bench_quantize.py $(ARGS)
 
 gpu-check: env ## All that only a GPU can show, into benchmarks/results (ARGS=--dry-run: the same code without one)
 	$(BIN)/python -P benchmarks/gpu_check.py $(ARGS)

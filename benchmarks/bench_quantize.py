@@ -8,8 +8,9 @@ on the same examples:
 - this project's stages export and quantize, asked for FP32 and one INT8 form at a time, as a user types them;
 - `quantize_dynamic` and `quantize_static` of ONNX Runtime as its documentation shows them, on the FP32 file of export
   (no time of an export is counted for them);
-- Olive, where `--olive` names the Python of an environment that has it: `olive run` with OnnxConversion and
-  OnnxDynamicQuantization or OnnxStaticQuantization at their defaults.
+- Olive, where `--olive` names the Python of an environment that has olive-ai and what this project needs (it loads the
+  fine-tuned network): `olive run` with OnnxConversion and OnnxDynamicQuantization or OnnxStaticQuantization at their
+  defaults.
 
 Each file is scored on the test split (accuracy, agreement with PyTorch) and timed at batch 1 in turns with all others,
 so that ratios are of one run. Everything goes to benchmarks/results/quantize-<date>.json.
