@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,16 +48,25 @@ def collect_outputs(
     Raises:
         RuntimeInferenceError: the runtime failed.
     """
+    with progress.task(description, len(examples)) as advance:
+
+        def calls() -> Iterator[tuple[Mapping[str, np.ndarray], int]]:
+            for inputs, count in batches(processing, examples, batch_size):
+                yield runtime.infer(inputs), count
+                advance(count)
+
+        return outputs_of_calls(calls(), io)
+
+
+def outputs_of_calls(calls: Iterable[tuple[Mapping[str, np.ndarray], int]], io: IOSpec) -> Outputs:
+    """Of consecutive calls, each what it gave (output name → array) and for how many samples; see `collect_outputs`."""
     import numpy as np
 
     parts = []
-    with progress.task(description, len(examples)) as advance:
-        for inputs, count in batches(processing, examples, batch_size):
-            found = runtime.infer(inputs)
-            if problem := output_problem(found, io, count):
-                return Outputs(None, problem)
-            parts.append(side_by_side({output.name: found[output.name] for output in io.outputs}))
-            advance(count)
+    for found, count in calls:
+        if problem := output_problem(found, io, count):
+            return Outputs(None, problem)
+        parts.append(side_by_side({output.name: found[output.name] for output in io.outputs}))
     if not parts:
         return Outputs(None, "there is not one sample to compare on")
     return Outputs(np.concatenate(parts))

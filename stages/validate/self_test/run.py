@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models.checkpoint import Checkpoint
+    from models.modalities import Processing
     from models.runtimes.base import Runtime
     from stages.base import Progress
     from stages.data.splits import Example
@@ -32,6 +33,10 @@ COUNTED = ("caught", "escaped")
 
 STOPPED = "it does not run"
 """Where a gate is named: validate ends with an error, and ships nothing."""
+
+
+Collect = Callable[["Mutant", "SelfTest", str], Outputs]
+"""Mutant, setup and what is shown of it → what it makes of the samples; raises `RuntimeInferenceError`."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ class SelfTest:
     progress: Progress
 
 
-def run_self_test(setup: SelfTest, judge: Judge) -> dict[str, Any]:
-    """The table of defects and controls, and what the gates made of them; plain values.
+def run_self_test(setup: SelfTest, judge: Judge, collect: Collect | None = None) -> dict[str, Any]:
+    """The table of defects and controls, and what the gates made of them; plain values. `collect` gives the outputs of
+    a mutant, `outputs_of` where none is named.
 
     A defect is caught where a gate does not pass in every precision it is judged as; a gate that says the same of a
     control is not counted. One that moves no output by more than the controls do is equivalent, and not counted either.
@@ -60,16 +66,16 @@ def run_self_test(setup: SelfTest, judge: Judge) -> dict[str, Any]:
     from stages.validate.self_test.defects import CONTROLS, DEFECTS
     from stages.validate.self_test.subject import Mutant
 
-    started = time.monotonic()
-    whole = outputs_of(Mutant(), setup, "self-test: unchanged")
+    started, collect = time.monotonic(), collect or outputs_of
+    whole = collect(Mutant(), setup, "self-test: unchanged")
     if whole.values is None:
         return {"problem": whole.problem, "samples": len(setup.examples), "defects": [], "controls": []}
     subject = subject_of(setup, judge)
-    controls = [tested(one, subject, setup, judge, whole, 0.0, {}, f"control: {one.name}") for one in CONTROLS]
+    controls = [tested(one, subject, setup, judge, collect, whole, 0.0, {}, f"control: {one.name}") for one in CONTROLS]
     noise = max((one["moved"] for one in controls if one["moved"] is not None), default=0.0)
     red = {name: {tuple(said) for one in controls for said in one["said"].get(name, ())} for name in setup.precisions}
     rows = [
-        tested(one, subject, setup, judge, whole, noise, red, f"self-test {place}/{len(DEFECTS)}: {one.name}")
+        tested(one, subject, setup, judge, collect, whole, noise, red, f"self-test {place}/{len(DEFECTS)}: {one.name}")
         for place, one in enumerate(DEFECTS, 1)
     ]
     counted = [one for one in rows if one["status"] in COUNTED]
@@ -113,6 +119,7 @@ def tested(
     subject: Subject,
     setup: SelfTest,
     judge: Judge,
+    collect: Collect,
     whole: Outputs,
     noise: float,
     red: Mapping[str, set[tuple[str, str]]],
@@ -131,7 +138,7 @@ def tested(
     if isinstance(mutant, str):
         return row | {"status": "not applicable", "reason": mutant}
     try:
-        outputs = outputs_of(mutant, setup, description)
+        outputs = collect(mutant, setup, description)
     except RuntimeInferenceError as error:
         judged = {name: [STOPPED] for name in precisions}
         return row | {"status": "caught", "judged": judged, "reason": str(error).partition("\n")[0][:300]}
@@ -175,20 +182,36 @@ def outputs_of(mutant: Mutant, setup: SelfTest, description: str) -> Outputs:
     Raises:
         RuntimeInferenceError: it cannot be loaded, or failed.
     """
+    processing, examples, batch_size = given(mutant, setup)
+    with opened(mutant, setup) as runtime:
+        io, progress = setup.checkpoint.spec.io, setup.progress
+        return collect_outputs(runtime, processing, examples, io, batch_size, progress, description)
+
+
+def given(mutant: Mutant, setup: SelfTest) -> tuple[Processing, Sequence[Example], int]:
+    """What a mutant's arrays are made with and of, and how many samples at a time."""
+    batch_size = max(1, setup.batch_size // 2) if mutant.halved_batch else setup.batch_size
+    return mutant.processing or setup.checkpoint.processing, changed_examples(mutant, setup.examples), batch_size
+
+
+@contextmanager
+def opened(mutant: Mutant, setup: SelfTest) -> Iterator[Runtime]:
+    """What runs a mutant.
+
+    Raises:
+        RuntimeInferenceError: it cannot be loaded.
+    """
     from models.onnx_files import save_graph
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
 
-    io, examples = setup.checkpoint.spec.io, changed_examples(mutant, setup.examples)
-    processing = mutant.processing or setup.checkpoint.processing
-    batch_size = max(1, setup.batch_size // 2) if mutant.halved_batch else setup.batch_size
     folder: AbstractContextManager[str | None] = nullcontext()
     if mutant.model is not None:
         folder = tempfile.TemporaryDirectory(prefix="mutant-")
     with folder as scratch:
         runtime: Runtime
         if mutant.network is not None:
-            runtime = TorchEager(mutant.network, io, "cpu", setup.threads)
+            runtime = TorchEager(mutant.network, setup.checkpoint.spec.io, "cpu", setup.threads)
         else:
             path = setup.model
             if mutant.model is not None and scratch is not None:
@@ -197,8 +220,8 @@ def outputs_of(mutant: Mutant, setup: SelfTest, description: str) -> Outputs:
             runtime = OnnxRuntimeSession(path, threads=setup.threads, optimization=mutant.optimization)
         if mutant.inputs is not None:
             runtime = Before(runtime, mutant)
-        with runtime as opened:
-            return collect_outputs(opened, processing, examples, io, batch_size, setup.progress, description)
+        with runtime as ready:
+            yield ready
 
 
 def changed_examples(mutant: Mutant, examples: Sequence[Example]) -> Sequence[Example]:
