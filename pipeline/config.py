@@ -213,14 +213,17 @@ def find_beside(file: Path, values: dict[str, Any]) -> None:
     then in the working folder."""
     finetune = values.get("finetune")
     launch = finetune.get("launch") if isinstance(finetune, dict) else None
-    named = ((values, "backbone"), (values.get("data"), "source"), (finetune, "from_run"), (launch, "config_file"))
+    validate = values.get("validate")
+    named = (
+        (values, "backbone"), (values.get("data"), "source"), (finetune, "from_run"), (launch, "config_file"),
+        (validate, "baseline"),
+    )  # fmt: skip
     for section, key in named:
         path = section.get(key) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(path, str):
             # An image–text backbone is two ids with a plus between them.
             parts = path.split("+") if key == "backbone" and not os.path.exists(file.parent / path) else [path]
             section[key] = "+".join(beside(file, part) for part in parts)
-    validate = values.get("validate")
     receipts = validate.get("receipts") if isinstance(validate, dict) else None
     if isinstance(validate, dict) and isinstance(receipts, list):
         validate["receipts"] = [beside(file, one) if isinstance(one, str) else one for one in receipts]

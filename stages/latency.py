@@ -27,6 +27,9 @@ threads spin for a while before they sleep."""
 
 BATCH_CALLS_PER_TURN = 1
 
+LATENCY_SAMPLES = 8
+"""Different real samples that the timed calls take in turn."""
+
 TIMES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s", "turns_ms")
 """The keys of a runtime's timings; None where there was no sample to run."""
 

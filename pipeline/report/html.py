@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline.report import svg
+from pipeline.report.baseline import baseline_section
 from pipeline.report.drift import drift_section
 from pipeline.report.evidence import front_of, latency_plot
 from pipeline.report.facts import Candidate, Facts, GateFact, mapping, number, sequence
@@ -596,6 +597,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (
     ("candidates", "Candidates", candidates_section),
     ("precision", "Precision", precision_section),
     ("gates", "Gates", gates_section),
+    ("baseline", "Against the last release", baseline_section),
     ("slices", "Slices", slices_section),
     ("drift", "Where the error comes from", drift_section),
     ("self-test", "What the gates catch", self_test_section),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report import drift, self_test
+from pipeline.report import baseline, drift, self_test
 from pipeline.report.facts import Facts, GateFact, number
 from pipeline.report.formats import (
     MISSING,
@@ -40,7 +40,8 @@ def render_markdown(run: dict[str, Any]) -> str:
     title = f"## {BADGES[facts.verdict]} {markdown_text(facts.headline, 200)}"
     parts = [title, explanation(facts), counted(facts)]
     first = [cut(section, SHARE) for section in (candidates(facts), gates(facts))]
-    for part in (*first, drifted(facts), self_tested(facts), training(facts), stages(facts), lineage(facts)):
+    others = (released, drifted, self_tested, training, stages, lineage)
+    for part in (*first, *(section(facts) for section in others)):
         taken = sum(len(one) + 2 for one in parts)
         parts.append(cut(part, MAX_CHARACTERS - taken - 2))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -220,6 +221,13 @@ def drifted(facts: Facts) -> str:
         parts = [parts[0], "\n".join(parts[1:])]
     parts.append(f"<details><summary>Error by step, on {samples} examples</summary>\n\n{waterfall}\n\n</details>")
     return "\n\n".join(parts)
+
+
+def released(facts: Facts) -> str:
+    """The chosen candidate against the last release."""
+    if not baseline.found(facts):
+        return ""
+    return f"### Against the last release\n\n{markdown_text(baseline.summary(facts), 500)}"
 
 
 def self_tested(facts: Facts) -> str:

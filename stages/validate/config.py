@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.artifact import digest_of, sha256_of_file
 from stages.base import StageConfig
 from stages.candidates import FLOATS
+from stages.validate.baseline import digest_of_baseline
 from stages.validate.engines import EngineRule
 from stages.validate.providers import ProviderName
 from stages.validate.waivers import WaiverConfig
@@ -139,6 +140,12 @@ class GatesConfig(StageConfig):
         description="Limit: largest peak of resident memory of a process that loads the model and runs it at batch 1 "
         "(bytes), ONNX Runtime itself included.",
     )
+    max_latency_regression: float | None = Field(
+        default=None,
+        gt=0,
+        description="With baseline: largest latency at batch 1 against its (ratio: 1.1 is a tenth slower), by its "
+        "97.9 % interval over turns that both take.",
+    )
     min_mutation_score: float | None = Field(
         default=None,
         ge=0,
@@ -230,6 +237,12 @@ class ValidateConfig(StageConfig):
     receipts: tuple[str, ...] = Field(
         default=(), description="Files of `pipeline verify --receipt`, from the devices that engines are built for."
     )
+    baseline: str | None = Field(
+        default=None,
+        description="The last release: the folder of its run, or its bundle (folder or tar). Its network runs on the "
+        "same test samples, and the chosen candidate may lose no more against it than the gates allow against the "
+        "reference.",
+    )
     on_inconclusive: Literal["fail", "pass"] = Field(
         default="fail",
         description="What becomes of a gate whose evidence fits both: fail stops the run, pass lets it through, and "
@@ -258,10 +271,26 @@ class ValidateConfig(StageConfig):
             raise ValueError("a provider is named twice")
         return value
 
+    @field_validator("baseline")
+    @classmethod
+    def refuse_what_ships_nothing(cls, value: str | None) -> str | None:
+        """A bundle, or a run whose validate passed."""
+        if value is not None:
+            digest_of_baseline(Path(value))
+        return value
+
+    @model_validator(mode="after")
+    def check_regression(self) -> ValidateConfig:
+        """There is something to be slower than."""
+        if self.gates.max_latency_regression is not None and self.baseline is None:
+            raise ValueError("gates.max_latency_regression compares with baseline, which is not written")
+        return self
+
     def outside(self) -> dict[str, str]:
-        """What the receipts hold, wherever they lie, and which waivers have expired by now."""
+        """What the receipts and the baseline hold, wherever they lie, and which waivers have expired by now."""
         found = [sha256_of_file(Path(file)) if Path(file).is_file() else "missing" for file in self.receipts]
         expired = (
             {"expired_waivers": "; ".join(one.title for one in self.waivers if one.expired)} if self.waivers else {}
         )
-        return {"receipts": digest_of(found), **expired}
+        released = {} if self.baseline is None else {"baseline": digest_of_baseline(Path(self.baseline))}
+        return {"receipts": digest_of(found), **released, **expired}

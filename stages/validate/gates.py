@@ -59,13 +59,13 @@ def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[G
     return results
 
 
-def drop_gate(entry: dict[str, Any], gates: GatesConfig, scene: Scene) -> GateResult:
-    """The metric against the margin, as `metric_drop` says."""
+def drop_gate(entry: Mapping[str, Any], gates: GatesConfig, scene: Scene, word: str = "drop") -> GateResult:
+    """The metric against the margin, as `metric_drop` says. `word`: what the gate calls a loss."""
     difference = entry["metric_difference"]
     drop = None if difference is None else 0.0 - difference
     margin = gates.margin_of(scene.reference_metric)
     if margin is None:
-        gate = Gate(f"{scene.metric} drop", "at most", gates.max_metric_drop, scene.metric)
+        gate = Gate(f"{scene.metric} {word}", "at most", gates.max_metric_drop, scene.metric)
         return gate.check(entry["name"], None, detail=f"{scene.reference_metric} has no share that could be kept")
     detail = ""
     if drop is not None:
@@ -75,7 +75,7 @@ def drop_gate(entry: dict[str, Any], gates: GatesConfig, scene: Scene) -> GateRe
             detail += f"; {margin:.6g} takes about {needed}, or a wider margin, or metric_drop: observed"
     bounds = entry["metric_difference_one_sided"]
     interval = None if bounds is None else [0.0 - bounds[1], 0.0 - bounds[0]]
-    return judge(f"{scene.metric} drop", margin, entry["name"], drop, interval, gates, scene.samples, detail)
+    return judge(f"{scene.metric} {word}", margin, entry["name"], drop, interval, gates, scene.samples, detail)
 
 
 def judge(
@@ -89,7 +89,7 @@ def judge(
     detail: str = "",
 ) -> GateResult:
     """A drop against its margin: what was seen, or what the samples leave possible."""
-    gate = Gate(title, "at most", margin, title.removesuffix(" drop"))
+    gate = Gate(title, "at most", margin, title.rpartition(" ")[0])
     if gates.metric_drop == "observed":
         return gate.check(subject, drop, samples, detail)
     return gate.check_interval(subject, drop, interval_of(interval), samples, detail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stages.validate.baseline import baseline_notes
 from stages.validate.drift import drift_findings
 from stages.validate.engines import engine_notes
 from stages.validate.further import plan_in_words
@@ -40,6 +41,7 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
             f"{evidence['threads']} threads that were measured"
         )
+    lines += baseline_notes(evidence["baseline"], metric)
     lines += evidence["waivers"]
     lines += drift_findings(evidence["drift"]["broken"]) if evidence["drift"] else []
     lines += self_test_notes(evidence["self_test"]) if evidence["self_test"] else []

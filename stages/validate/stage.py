@@ -7,8 +7,9 @@ Writes: `evidence.json`: what was measured, on which bytes, by which gates, and 
 Gates: enough samples, none of them fitted on; for each candidate, on every provider asked for, outputs that can be
 compared, metric drop, agreement, numeric error by precision, slices, and what is asked for of flips, calibration and
 other metrics; a candidate inside the limits on latency, speed, size and memory, where they are set; where engines are
-asked for, one for each target, proven on its device. No evidence is never a pass; what leaves it open is inconclusive.
-Fails when: a runtime fails, or a candidate's bytes are not those that its stage recorded.
+asked for, one for each target, proven on its device; where a baseline is named, no regression of the chosen candidate
+against it. No evidence is never a pass; what leaves it open is inconclusive.
+Fails when: a runtime fails, or the bytes of a candidate or of the baseline are not those that were recorded.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from stages.data.splits import SplitName
 from stages.engines import ENGINE_PACKAGES
 from stages.gate import Gate, GateResult
 from stages.latency import TIMES, OtherWork, is_disturbed, speedup_of
+from stages.validate.baseline import against_baseline, baseline_gates, baseline_outputs
 from stages.validate.choice import choose, not_worth_it, ranked
 from stages.validate.config import GatesConfig, ValidateConfig
 from stages.validate.engine_runs import engine_run_gates, run_engines
@@ -71,8 +73,6 @@ if TYPE_CHECKING:
 
 EVIDENCE = "evidence.json"
 EVIDENCE_SCHEMA_VERSION = 3
-LATENCY_SAMPLES = 8
-"""Different real samples that the timed calls take in turn."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Validate:
         checkpoint = load_checkpoint(context.inputs["merge-lora"].folder / "checkpoint")
         candidates = accepted_candidates(context, config.providers)
         plan = planned_samples(context, config, [one.candidate for one in candidates])
+        released = baseline_outputs(context, config, checkpoint)
         outputs = all_outputs(context, config, checkpoint, candidates)
         with OtherWork() as others:
             timings = all_timings(context, config, checkpoint, candidates, outputs)
@@ -144,6 +145,10 @@ class Validate:
             entry["not_worth_it"] = not_worth_it(entry, entries)
         chosen = choose(entries, config.objective)
         gates += choice_gates(entries, chosen, config, disturbed)
+        best = next((one for one in candidates if one.name == chosen), None)
+        evidence["baseline"] = against_baseline(context, config, checkpoint, released, best, outputs, targets)
+        digest = digest_of_files(best.files) if best else None
+        gates += baseline_gates(evidence["baseline"], config, scene, digest)
         evidence["engines"] = engines = measured_engines(context)
         add_receipts(engines, evidence["candidates"], [Path(file) for file in config.receipts])
         evidence["engine_runs"] = ran = run_engines(
@@ -230,7 +235,7 @@ def all_timings(
     other, with PyTorch on the same device. What another provider than the CPU did not run has no times."""
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
-    from stages.latency import measure_latency
+    from stages.latency import LATENCY_SAMPLES, measure_latency
 
     contents = [one.content for one in context.data["test"][: config.batch_size]]
     if not contents:

@@ -123,6 +123,16 @@ def test_paths_are_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypa
     assert load_config(Path("pipeline.yaml"))[0].data.source == "photos"
 
 
+def test_the_last_release_is_looked_for_beside_the_file_and_must_be_one(tmp_path: Path) -> None:
+    file = write(tmp_path, VISION + "validate: {baseline: release.tar}\n")
+    with pytest.raises(ConfigError, match="is no bundle, and no run"):
+        load_config(file)
+    (tmp_path / "release.tar").write_bytes(b"first")
+    before = load_config(file)[0].validate_.outside()["baseline"]
+    (tmp_path / "release.tar").write_bytes(b"second")
+    assert load_config(file)[0].validate_.outside()["baseline"] != before
+
+
 def test_another_run_is_looked_for_beside_the_file_and_must_be_one(tmp_path: Path) -> None:
     file = write(tmp_path, VISION + "finetune: {from_run: runs/first}\n")
     with pytest.raises(ConfigError, match="holds no merged network"):

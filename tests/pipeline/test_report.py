@@ -569,6 +569,20 @@ def test_the_slices_of_the_chosen_candidate_are_listed_with_their_intervals() ->
     assert "differs from itself by 2e−7 with another batch size, 0 with other threads, 4e−7 with fp64" in text
 
 
+def test_the_last_release_stands_beside_what_is_shipped_now() -> None:
+    run = passing_run()
+    said = "onnx-int8-static has 85.4% accuracy, fashion-mnist-1 (onnx-fp16) 85.1% on the same examples: +0.3 pt"
+    text = " ".join(Page(render_html(run)).text.split())
+    assert f"{said} (interval −0.4 … +1.0 pt). 0.47× its latency." in text
+    assert "run here with the preprocessing of this network" in text and "another test split" not in text
+    assert "### Against the last release" in render_markdown(run)
+    found = next(stage for stage in run["stages"] if stage["name"] == "validate")["measurements"]["baseline"]
+    found |= {"problem": "it has other labels", "metric_difference": None}
+    assert "fashion-mnist-1 (onnx-fp16): it has other labels" in Page(render_html(run)).text
+    found["problem"] = ""
+    assert "nothing was compared" in Page(render_html(run)).text
+
+
 def test_what_is_no_pass_is_listed_before_what_is() -> None:
     run = with_gate(verdict="fail", waived=WAIVED)
     text = Page(render_html(run)).text
