@@ -31,6 +31,7 @@ from stages.merge_lora import MergeLoraConfig
 from stages.package import PackageConfig
 from stages.quantize import QuantizeConfig
 from stages.validate import ValidateConfig
+from stages.validate.robustness import corruptions_for
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -138,6 +139,8 @@ def make_config(
             check_named(config.data, config.task)
         with collected(problems, lines, file, "validate", "gates", "max_drops"):
             check_max_drops(config)
+        with collected(problems, lines, file, "validate", "robustness"):
+            check_robustness(config)
     if problems or config is None or spec is None:
         raise ConfigError(problems)
     return config, spec
@@ -192,6 +195,15 @@ def check_max_drops(config: PipelineConfig) -> None:
     if unknown := [name for name in config.validate_.gates.max_drops if name not in known]:
         problem = f"{unknown[0]!r} is no other metric of {config.task}"
         raise ConfigError([Problem("validate.gates.max_drops", problem, f"expected one of {', '.join(known)}")])
+
+
+def check_robustness(config: PipelineConfig) -> None:
+    """Raises `ConfigError` for a corruption of what the task does not have."""
+    asked = config.validate_.robustness
+    fitting = [one.name for one in corruptions_for(config.task, True)]
+    if unfit := [name for name in (asked if isinstance(asked, tuple) else ()) if name not in fitting]:
+        problem = f"{unfit[0]} is no corruption of {config.task}"
+        raise ConfigError([Problem("validate.robustness", problem, f"expected some of {', '.join(fitting)}")])
 
 
 def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

@@ -105,6 +105,16 @@ def drop_p_value(found: np.ndarray, wanted: np.ndarray, margin: float) -> float:
     return float(t.cdf(distance / error, len(found) - 1))
 
 
+def keep_p_value(found: np.ndarray, wanted: np.ndarray, margin: float) -> float:
+    """Of the other hypothesis, that the mean of `wanted` − `found` is above `margin`: small where it is shown to be
+    less. The other tail of the same test; 1 for one sample.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    return 1.0 if len(found) == 1 else 1.0 - drop_p_value(found, wanted, margin)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979, Scandinavian Journal of Statistics 6:65–70): to reject what is below α keeps the
     chance of one wrong rejection among all below α, whatever their dependence."""

@@ -28,6 +28,7 @@ from pipeline.report.formats import (
 from pipeline.report.markup import Html, element, join, shorten
 from pipeline.report.parts import chip, scrolling, table
 from pipeline.report.precision import precision_section
+from pipeline.report.robustness import robustness_section
 from pipeline.report.self_test import self_test_section
 from pipeline.report.slices import slices_section
 from pipeline.report.training import training_section
@@ -599,6 +600,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], Html]], ...] = (
     ("gates", "Gates", gates_section),
     ("baseline", "Against the last release", baseline_section),
     ("slices", "Slices", slices_section),
+    ("robustness", "Under corruption", robustness_section),
     ("drift", "Where the error comes from", drift_section),
     ("self-test", "What the gates catch", self_test_section),
     ("parity", "Parity with PyTorch", parity_section),

@@ -13,6 +13,7 @@ from stages.candidates import FLOATS
 from stages.validate.baseline import digest_of_baseline
 from stages.validate.engines import EngineRule
 from stages.validate.providers import ProviderName
+from stages.validate.robustness import CorruptionName
 from stages.validate.waivers import WaiverConfig
 
 AGREEMENT_NARROW = 0.94
@@ -82,6 +83,12 @@ class GatesConfig(StageConfig):
         ge=0,
         description="No class, and no value of the columns in validate.slices, may be shown to lose more of the metric "
         "than this (one-sided at 5 %, Holm's correction for their number). null: not checked.",
+    )
+    max_robustness_drop: float | None = Field(
+        default=0.05,
+        ge=0,
+        description="With robustness: largest drop of the metric below the reference's under the same corruption, as "
+        "metric_drop says, after Holm's correction for the number of corruptions. null: not checked.",
     )
     min_slice_samples: int = Field(default=50, ge=2, description="Fewest samples of a slice that is judged (number).")
     max_ece_increase: float | None = Field(
@@ -217,6 +224,18 @@ class ValidateConfig(StageConfig):
         "The first decides what is shipped; one that this machine lacks is an error before anything runs.",
     )
     latency_calls: int = Field(default=100, ge=20, description="Timed calls of each runtime at batch 1 (number).")
+    robustness: bool | tuple[CorruptionName, ...] = Field(
+        default=False,
+        description="Take the metric drop again under corruptions of the test inputs, each of one fixed severity: of "
+        "images gaussian-noise, blur, brightness, jpeg; of texts typos, upper-case, dropped-words; of audio "
+        "white-noise, gain. true: all that the task has.",
+    )
+    robustness_samples: int = Field(
+        default=512,
+        ge=1,
+        description="Most test samples that each corruption is tried on (number). 512 prove a margin of 0.05 where one "
+        "answer in ten flips.",
+    )
     self_test: bool = Field(
         default=False,
         description="Put some thirty known defects into this model, its graph and its preprocessing, and report which "

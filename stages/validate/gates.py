@@ -9,6 +9,7 @@ from typing import Any
 from stages.gate import Gate, GateResult
 from stages.statistics import samples_needed
 from stages.validate.config import GatesConfig, ValidateConfig
+from stages.validate.robustness import robustness_gate
 from stages.validate.slices import slice_gates
 from stages.validate.waivers import waived
 
@@ -54,6 +55,9 @@ def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[G
         if limit is not None:
             interval = interval_of(entry[f"{key}_interval"])
             results.append(Gate(title, "at most", limit, unit).check_interval(name, entry[key], interval, samples))
+    if entry.get("robustness") is not None and gates.max_robustness_drop is not None:
+        margin, rule = gates.max_robustness_drop, gates.metric_drop
+        results.append(robustness_gate(name, entry["robustness"], margin, scene.metric, rule))
     if entry["slices"] is not None:
         results += slice_gates(name, entry["slices"], gates.max_slice_drop, scene.metric, bool(config.slices))
     return results

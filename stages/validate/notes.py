@@ -8,6 +8,7 @@ from stages.validate.baseline import baseline_notes
 from stages.validate.drift import drift_findings
 from stages.validate.engines import engine_notes
 from stages.validate.further import plan_in_words
+from stages.validate.robustness import robustness_notes
 from stages.validate.self_test import self_test_notes
 
 REFERENCE = "pytorch"
@@ -41,6 +42,7 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
             f"{evidence['threads']} threads that were measured"
         )
+    lines += robustness_notes(evidence["candidates"])
     lines += baseline_notes(evidence["baseline"], metric)
     lines += evidence["waivers"]
     lines += drift_findings(evidence["drift"]["broken"]) if evidence["drift"] else []

@@ -5,10 +5,10 @@ Reads: merge-lora's `checkpoint/` (the reference), the candidates of export and 
 Writes: `evidence.json`: what was measured, on which bytes, by which gates, and what was chosen; where a candidate fails
 `reproduce/`, which shows it without this project.
 Gates: enough samples, none of them fitted on; for each candidate, on every provider asked for, outputs that can be
-compared, metric drop, agreement, numeric error by precision, slices, and what is asked for of flips, calibration and
-other metrics; a candidate inside the limits on latency, speed, size and memory, where they are set; where engines are
-asked for, one for each target, proven on its device; where a baseline is named, no regression of the chosen candidate
-against it. No evidence is never a pass; what leaves it open is inconclusive.
+compared, metric drop, agreement, numeric error by precision, slices, and what is asked for of flips, calibration,
+other metrics and corrupted inputs; a candidate inside the limits on latency, speed, size and memory, where they are
+set; where engines are asked for, one for each target, proven on its device; where a baseline is named, no regression
+of the chosen candidate against it. No evidence is never a pass; what leaves it open is inconclusive.
 Fails when: a runtime fails, or the bytes of a candidate or of the baseline are not those that were recorded.
 """
 
@@ -60,6 +60,7 @@ from stages.validate.providers import (
     require_providers,
     split_runs,
 )
+from stages.validate.robustness import measure_robustness
 from stages.validate.self_test import self_test_gates
 from stages.validate.waivers import waiver_notes
 
@@ -125,6 +126,10 @@ class Validate:
         entries, runs = evidence["candidates"], evidence["other_runs"]
         further = partial(add_further, context, config, checkpoint, outputs, outputs[REFERENCE], targets, files)
         further([*entries, *runs])
+        on_first = [one for one in candidates if one.provider == config.providers[0]]
+        evidence["robustness"] = measure_robustness(
+            context, config, checkpoint, on_first, outputs[REFERENCE], targets, entries
+        )
         scene = scene_of(evidence, config.gates, checkpoint, floor)
         elsewhere = replace(scene, tolerances=ceilings_of(config.gates))
 

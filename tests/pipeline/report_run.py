@@ -131,6 +131,21 @@ def candidate(
         "excused": [],
         "digest": digest(name),
         "flip_rate": 0.004,
+        "robustness": {
+            "problem": "",
+            "samples": 512,
+            "corruptions": [
+                {
+                    "name": "blur",
+                    "reference": 0.701,
+                    "metric": 0.681,
+                    "drop": 0.02,
+                    "interval": [0.005, 0.035],
+                    "keeps_p": 0.003,
+                    "loses_p": 0.9,
+                },
+            ],
+        },
         "ece_increase": 0.002,
         "nll_increase": -0.001,
         "slices": {
@@ -191,6 +206,27 @@ def validated() -> dict[str, Any]:
             candidate("onnx-fp16", "fp16", 0.857, 6.3e-3, 10.9, 6_771_204),
             candidate("onnx-int8-static", "int8", 0.854, 1.4, 5.12, 3_642_870),
         ],
+        "robustness": {
+            "samples": 512,
+            "corruptions": [
+                {
+                    "name": "blur",
+                    "what": "Gaussian, 2 pixels of 224",
+                    "inert": False,
+                    "clean": 0.857,
+                    "reference": 0.701,
+                    "changed": 0.21,
+                },
+                {
+                    "name": "jpeg",
+                    "what": "quality 18",
+                    "inert": True,
+                    "clean": 0.857,
+                    "reference": None,
+                    "changed": None,
+                },
+            ],
+        },
         "baseline": {
             "name": "fashion-mnist-1",
             "kind": "bundle",

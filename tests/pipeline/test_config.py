@@ -123,6 +123,14 @@ def test_paths_are_looked_for_beside_the_file_then_here(tmp_path: Path, monkeypa
     assert load_config(Path("pipeline.yaml"))[0].data.source == "photos"
 
 
+def test_a_corruption_must_be_one_of_the_task(tmp_path: Path) -> None:
+    file = write(tmp_path, VISION + "validate: {robustness: [typos]}\n")
+    with pytest.raises(ConfigError, match=r"validate\.robustness: typos is no corruption of image.*gaussian-noise"):
+        load_config(file)
+    assert load_config(file, ["validate.robustness=[jpeg]"])[0].validate_.robustness == ("jpeg",)
+    assert load_config(file, ["validate.robustness=true"])[0].validate_.robustness is True
+
+
 def test_the_last_release_is_looked_for_beside_the_file_and_must_be_one(tmp_path: Path) -> None:
     file = write(tmp_path, VISION + "validate: {baseline: release.tar}\n")
     with pytest.raises(ConfigError, match="is no bundle, and no run"):

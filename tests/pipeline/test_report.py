@@ -569,6 +569,14 @@ def test_the_slices_of_the_chosen_candidate_are_listed_with_their_intervals() ->
     assert "differs from itself by 2e−7 with another batch size, 0 with other threads, 4e−7 with fp64" in text
 
 
+def test_corruptions_are_listed_with_what_they_do() -> None:
+    run = passing_run()
+    text = "".join(Page(render_html(run)).text.split())
+    assert "eachatonefixedseverity,on512testexamples" in text
+    assert "blurGaussian,2pixelsof22485.7%70.1%21.0%" in text and "85.7%noinputchanges–" in text
+    assert "onnx-int8-staticblur68.1%−2.0pt−3.5…−0.5pt0.003" in text
+
+
 def test_the_last_release_stands_beside_what_is_shipped_now() -> None:
     run = passing_run()
     said = "onnx-int8-static has 85.4% accuracy, fashion-mnist-1 (onnx-fp16) 85.1% on the same examples: +0.3 pt"
