@@ -131,10 +131,10 @@ def test_what_a_provider_does_not_run_or_answers_wrongly_fails_there(
 
 
 @functools.cache
-def with_engine() -> dict[str, Artifact]:
-    """The tiny chain with one engine, for GPUs of compute capability 8.6 and 8.9."""
+def with_engine(*precisions: str) -> dict[str, Artifact]:
+    """The tiny chain with an engine of FP32 and of the precisions, for GPUs of compute capability 8.6 and 8.9."""
     root, before = temporary_folder(), made(TEXT)
-    asked = {"formats": ["tensorrt-rtx"], "targets": ["sm86", "sm89"], "precisions": ["fp32"]}
+    asked = {"formats": ["tensorrt-rtx"], "targets": ["sm86", "sm89"], "precisions": ["fp32", *precisions]}
     context = context_of(root / "export", {"merge-lora": before["merge-lora"]}, TEXT)
     Export().run(context, ExportConfig.model_validate(asked))
     return before | {"export": artifact_of("export", root / "export")}
@@ -151,13 +151,13 @@ class EngineStandIn(OnnxRuntimeSession):
 
 
 def validate_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capability: str, wrong_by: float = 0.0
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capability: str, wrong_by: float = 0.0, precisions: Any = ()
 ) -> tuple[dict[str, Any], set[tuple[str, str]]]:
     """Validate on a machine with a GPU of this compute capability, whose engines answer `wrong_by` more."""
 
     def opened(file: Path, sha256: str, runtime: Any) -> EngineStandIn:
         assert file.suffix == ".engine" and runtime.library == "tensorrt_rtx" and len(sha256) == 64
-        stand_in = EngineStandIn(with_engine()["export"].file("onnx-fp32.onnx"))
+        stand_in = EngineStandIn(with_engine(*precisions)["export"].file("onnx-fp32.onnx"))
         stand_in.wrong_by = wrong_by
         return stand_in
 
@@ -165,7 +165,7 @@ def validate_on(
     monkeypatch.setattr(engine_runs, "open_engine", opened)
     monkeypatch.setattr(engine_runs, "DEVICE", "cpu")
     config = ValidateConfig.model_validate({"latency_calls": 20, "gates": GATES})
-    return measured(Validate().run(context_of(folder, with_engine(), TEXT), config))
+    return measured(Validate().run(context_of(folder, with_engine(*precisions), TEXT), config))
 
 
 @needs_rtx
@@ -194,6 +194,20 @@ def test_an_engine_that_answers_wrongly_here_fails_and_is_not_proven(
     assert ("engine parity", f"{engine['name']} on sm89") in failed
     assert ("output error", f"{engine['name']} on sm89") in failed
     assert engine["status"] == "UNPROVEN" and not evidence["engine_runs"][0]["passed"]
+
+
+@needs_rtx
+def test_an_engine_of_what_did_not_run_here_is_compared_with_the_reference_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime has no BF16 on a CPU: there are no outputs of the candidate."""
+    evidence, _ = validate_on(tmp_path, monkeypatch, "8.6", precisions=("bf16",))
+    ran = {one["candidate"]: one for one in evidence["engine_runs"]}
+    assert set(ran) == {"onnx-fp32", "onnx-bf16"}
+    assert ran["onnx-bf16"]["candidate_error"] is None and ran["onnx-bf16"]["agreement"] == 1.0
+    (engine,) = (one for one in evidence["engines"] if one["candidate"] == "onnx-bf16")
+    assert not engine["ships_for"] and engine["receipts"]["sm86"]["relative_error"] is None
+    assert evidence["chosen"] == "onnx-fp32"
 
 
 @needs_rtx
