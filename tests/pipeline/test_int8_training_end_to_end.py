@@ -44,6 +44,6 @@ def test_a_network_trained_for_int8_is_more_accurate_with_every_layer_in_int8(tm
     assert floats["after"] >= floats["before"] - 0.01
     assert measured(folder, "merge-lora")["passed_through"]
     (static,) = measured(folder, "quantize")["candidates"]
-    assert static["accepted"] and static["share_int8_macs"] == 1.0 and static["float_modules"] == []
+    assert static["accepted"] and static["narrow_share"] == 1.0 and static["float_modules"] == []
     assert static["metric"] == pytest.approx(int8["after"], abs=0.03)  # what was simulated; measured: .002 apart
     assert static["metric"] >= int8["before"] + 0.02
