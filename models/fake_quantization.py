@@ -96,11 +96,15 @@ def step_of(width: torch.Tensor, steps: int) -> torch.Tensor:
 def insert_rounding(network: nn.Module, symmetric: bool = False) -> int:
     """Round the weights and the inputs of every linear and convolutional layer, in place; how many layers there are.
 
+    A layer whose weight is parametrized already (the positional convolution of wav2vec 2.0, by its weight norm) stays
+    as it is: its weight is no parameter that could be given back.
+
     `symmetric`: of the inputs. Parameters keep their place but not their names, until `remove_rounding`.
     """
     from transformers.pytorch_utils import Conv1D
 
-    layers = [one for one in network.modules() if isinstance(one, nn.Linear | nn.Conv1d | nn.Conv2d | Conv1D)]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
+    layers = [one for one in network.modules() if isinstance(one, kinds) and not parametrize.is_parametrized(one)]
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", RoundedWeight(1 if isinstance(layer, Conv1D) else 0))
         rounding = RoundedInput(symmetric).to(layer.weight.device)

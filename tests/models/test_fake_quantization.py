@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from models.fake_quantization import AVERAGING, RoundedInput, insert_rounding, observing, remove_rounding
 from tests.models.tiny import GPT2, classifier_of, image_backbone, inputs_of, text_backbone
@@ -82,3 +83,21 @@ def test_a_trained_weight_is_what_is_left() -> None:
     assert type(network[0]) is nn.Linear
     assert not torch.equal(network[0].weight, before)
     assert sorted(network.state_dict()) == ["0.bias", "0.weight"]
+
+
+def test_a_layer_that_is_parametrized_already_keeps_its_own() -> None:
+    """As the positional convolution of wav2vec 2.0, HuBERT and WavLM."""
+    network = nn.Sequential(weight_norm(nn.Conv1d(4, 4, 3, padding=1), dim=2), nn.Conv1d(4, 2, 1))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    inputs = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        wanted = network(inputs)
+        assert insert_rounding(network) == 1
+        with observing(network):
+            network(inputs)
+        assert not torch.equal(network(inputs), wanted)
+        remove_rounding(network)
+        assert torch.equal(network(inputs), wanted)
+    assert {name: tensor.tolist() for name, tensor in network.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in before.items()
+    }
