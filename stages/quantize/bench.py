@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.errors import QuantizeError
 from models.graph import Product, module_of
 from models.onnx_files import is_light, save_graph
 from models.tasks import task_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from models.checkpoint import Checkpoint
     from models.tasks import Task
-    from stages.quantize.schemes import Variant
+    from stages.quantize.schemes import Scheme, Variant
     from stages.quantize.stage import QuantizeConfig
 
 BATCH_SIZE = 32
@@ -104,3 +105,15 @@ def quantizer_errors() -> tuple[type[Exception], ...]:
 
     return (*onnxruntime_errors(), TypeError, KeyError, AttributeError, onnx.shape_inference.InferenceError,
             onnx.version_converter.ConvertError)  # fmt: skip
+
+
+def guarded(scheme: Scheme, variant: Variant) -> Variant:
+    """The variants of a scheme, where what its quantizer raises says which scheme it was as a `QuantizeError`."""
+
+    def made(floats: Collection[str]) -> onnx.ModelProto:
+        try:
+            return variant(floats)
+        except quantizer_errors() as error:
+            raise QuantizeError(f"{scheme}: {error}; take {scheme} out of quantize.schemes") from error
+
+    return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,14 @@ from stages.candidates import Candidate, check_label
 from stages.quantize.bench import (
     BATCH_SIZE,
     Workbench,
+    guarded,
     modules_of,
     one_example,
-    quantizer_errors,
     rank_nodes,
     sensitivity_of,
 )
 from stages.quantize.qdq import compute_nodes
-from stages.quantize.schemes import KINDS, Plan, Scheme, Variant
+from stages.quantize.schemes import KINDS, Plan, Scheme
 from stages.quantize.search import fewest, rungs_for
 from stages.statistics import smallest_cosine
 
@@ -81,18 +81,6 @@ def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate
         "repairs": list(plan.repairs),
     }
     return keep_or_leave_out(bench, target, measured, scheme)
-
-
-def guarded(scheme: Scheme, variant: Variant) -> Variant:
-    """The variants of a scheme, where what its quantizer raises says which scheme it was as a `QuantizeError`."""
-
-    def made(floats: Collection[str]) -> onnx.ModelProto:
-        try:
-            return variant(floats)
-        except quantizer_errors() as error:
-            raise QuantizeError(f"{scheme}: {error}; take {scheme} out of quantize.schemes") from error
-
-    return made
 
 
 def point_of(float_nodes: int, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from models.errors import QuantizeError
 from models.onnx_files import is_light
-from stages.quantize.bench import Workbench, quantizer_errors
+from stages.quantize.bench import Workbench, guarded, quantizer_errors
 from stages.quantize.calibration import BATCH_SIZES, calibrate_ranges
 from stages.quantize.fp8 import fp8_from_int8
 from stages.quantize.int4 import BlockForm, blockwise_nodes, quantize_blocks
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 CONSTANT_PRODUCTS = "convolution or product with constant weights"
 CONSTANT_MATRICES = "MatMul with constant weights"
-SCHEME_OF: dict[Layout, Scheme] = {"onnxruntime": "int8-static", "tensorrt": "int8-symmetric"}
+LAYOUTS: dict[Scheme, Layout] = {"int8-static": "onnxruntime", "int8-symmetric": "tensorrt", "fp8": "tensorrt"}
+"""Schemes of quantize-dequantize pairs, and where ONNX Runtime's quantizer puts these."""
 
 
 def plan_dynamic(bench: Workbench) -> Plan:
@@ -45,8 +46,9 @@ def quantize_dynamically(bench: Workbench, floats: Collection[str]) -> onnx.Mode
     return quantize_weights(bench.model, left, bench.config.reduce_range, bench.scratch)
 
 
-def plan_static(bench: Workbench, layout: Layout, repairs: bool = True) -> Plan:
+def plan_static(bench: Workbench, scheme: Scheme, repairs: bool = True) -> Plan:
     """INT8 by quantize-dequantize pairs, with ranges from the calibration split, and the repairs asked for."""
+    layout = LAYOUTS[scheme]
     nodes = [node.name for node in quantizable_nodes(bench.model, layout)]
     if not nodes:
         return Plan(nodes, lambda floats: bench.model, CONSTANT_PRODUCTS)
@@ -54,18 +56,18 @@ def plan_static(bench: Workbench, layout: Layout, repairs: bool = True) -> Plan:
 
     def quantized(model: onnx.ModelProto) -> Variant:
         ranges = calibrate(replace(bench, model=model), layout)
-        return partial(quantize_graph, model, ranges, form, folder=bench.scratch)
+        return guarded(scheme, partial(quantize_graph, model, ranges, form, folder=bench.scratch))
 
     asked = bench.config.repairs if repairs and not is_light(bench.model) else ()  # they hold several graphs at once
     variant, outcomes = repaired(bench.model, asked, quantized, partial(run_calibration, bench))
     for one in outcomes:
-        bench.context.log.info("           %s: %s", SCHEME_OF[layout], outcome_in_words(one))
+        bench.context.log.info("           %s: %s", scheme, outcome_in_words(one))
     return Plan(nodes, variant, CONSTANT_PRODUCTS, outcomes)
 
 
 def plan_fp8(bench: Workbench) -> Plan:
     """FP8 where the symmetric scheme has INT8: a scale a tensor for activations and a channel for weights."""
-    symmetric = plan_static(bench, "tensorrt", repairs=False)  # the weights in FP8 are those of the graph as it was
+    symmetric = plan_static(bench, "fp8", repairs=False)  # the weights in FP8 are those of the graph as it was
 
     def variant(floats: Collection[str]) -> onnx.ModelProto:
         return fp8_from_int8(symmetric.variant(floats), bench.model)
@@ -81,8 +83,8 @@ def plan_int4(bench: Workbench, form: BlockForm) -> Plan:
 
 PLANS: Backend = {
     "int8-dynamic": plan_dynamic,
-    "int8-static": partial(plan_static, layout="onnxruntime"),
-    "int8-symmetric": partial(plan_static, layout="tensorrt"),
+    "int8-static": partial(plan_static, scheme="int8-static"),
+    "int8-symmetric": partial(plan_static, scheme="int8-symmetric"),
     "int4-weights": partial(plan_int4, form="operators"),
     "int4-blocks": partial(plan_int4, form="pairs"),
     "fp8": plan_fp8,

@@ -110,13 +110,20 @@ def test_too_small_a_share_is_told_by_its_own_name(tmp_path: Path) -> None:
     assert not candidate.accepted and candidate.reason.startswith("only 63.6% of the arithmetic is in FP8")
 
 
-def test_what_a_quantizer_raises_names_the_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> onnx.ModelProto:
+@pytest.mark.parametrize(
+    ("scheme", "quantizer"), [("fp8", "fp8_from_int8"), ("fp8", "quantize_graph"), ("int8-static", "quantize_graph")]
+)
+def test_what_a_quantizer_raises_names_the_scheme(
+    scheme: Any, quantizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a repair is tried, before the search begins."""
+
+    def refuse(*_: Any, **__: Any) -> onnx.ModelProto:
         raise RuntimeError("no such axis")
 
-    monkeypatch.setattr("stages.quantize.onnxruntime_backend.fp8_from_int8", refuse)
-    with pytest.raises(QuantizeError, match=r"fp8: no such axis; take fp8 out of quantize\.schemes"):
-        candidate_of(bench_of(tmp_path, QuantizeConfig()), "fp8")
+    monkeypatch.setattr(f"stages.quantize.onnxruntime_backend.{quantizer}", refuse)
+    with pytest.raises(QuantizeError, match=rf"^{scheme}: no such axis; take {scheme} out of quantize\.schemes"):
+        candidate_of(bench_of(tmp_path, QuantizeConfig()), scheme)
 
 
 # --- the graphs ---------------------------------------------------------------------------------------
