@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from models.engines.build import HardwareLevel, Options, Outcome, build_engine, require_library
-from models.engines.check import Finding, summary
+from models.engines.check import Finding, check_graph_for, summary
 from models.engines.mends import Mended, mend_for
 from models.engines.targets import Target, runtime_of, target_of
 from models.errors import ConfigError, EngineError, Problem, RuntimeInferenceError
 from models.graph import module_of
+from models.onnx_files import is_light, load_weights
 from models.runtimes.gpu import gpu_here
 from stages.artifact import sha256_of_file, write_json
 from stages.base import StageConfig, StageContext
@@ -292,10 +293,13 @@ def engines_of(
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph with every node named; weights in a second file stay there."""
+    """The graph with every node named; weights in a second file stay there, all but zero points, which targets have
+    rules for."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    load_weights(model, path.parent, {name for node in pairs for name in node.input[2:]})
     taken = {node.name for node in model.graph.node}
     for index, node in enumerate(model.graph.node):
         if not node.name:
@@ -308,13 +312,10 @@ def plan_engines(
 ) -> tuple[list[Plan], list[LeftOut]]:
     """Which targets share an engine: those for which that costs nothing and that want the same graph."""
     groups: dict[tuple[str, tuple[str, ...]], list[tuple[Target, onnx.ModelProto, list[Mended]]]] = {}
-    left_out = []
+    left_out, light = [], is_light(model)
     for name in request.targets:
         target = target_of(name)
-        graph, mended, findings = mend_for(model, target)
-        if mended and is_external(model):
-            reason = "its weights are in a second file, where nothing is mended"
-            findings = [Finding("", "graph", "", "size", reason, "take a smaller network, or mend the graph by hand")]
+        graph, mended, findings = unmended(model, target) if light else mend_for(model, target)
         if findings:
             left_out.append(LeftOut(candidate.name, (name,), summary(findings), tuple(findings)))
             continue
@@ -327,11 +328,14 @@ def plan_engines(
     return plans, left_out
 
 
-def is_external(model: onnx.ModelProto) -> bool:
-    """Whether weights lie in a second file."""
-    import onnx
-
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+def unmended(model: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, list[Mended], list[Finding]]:
+    """As `mend_for`, of a graph whose weights lie in a second file: mends read and write them, so none is made."""
+    findings = check_graph_for(model, target)
+    if any(one.mend for one in findings):
+        reason = "its weights are in a second file, where nothing is mended"
+        fix = "take a smaller network, or mend the graph by hand"
+        findings.insert(0, Finding("", "graph", "", "size", reason, fix))
+    return model, [], findings
 
 
 def build_planned(

@@ -9,16 +9,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
+import models.onnx_files as onnx_files
 from models.bundle import open_bundle
 from models.errors import ConfigError, EngineError, IntegrityError
 from stages.artifact import Artifact, sha256_of_file, write_json
 from stages.candidates import Candidate, read_candidates, write_candidates
-from stages.engines import EngineBuildConfig, EngineRequest, build_engines, read_engines, request_engines
+from stages.engines import (
+    EngineBuildConfig,
+    EngineRequest,
+    build_engines,
+    load_graph,
+    plan_engines,
+    read_engines,
+    request_engines,
+)
 from stages.export import Export, ExportConfig
 from stages.export.stage import opset_for
 from stages.package import Package, PackageConfig
@@ -112,6 +122,36 @@ def test_the_profile_follows_from_the_inputs_and_the_file() -> None:
 
 
 # --- export and quantize ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_graph_whose_weights_are_in_a_second_file_is_planned_and_not_mended(
+    zero: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only zero points are read: what is not 0 would have to be mended, in the weights."""
+    monkeypatch.setattr(onnx_files, "LARGEST_FILE_BYTES", 1000)
+    monkeypatch.setattr(onnx_files, "SMALLEST_OUTSIDE_BYTES", 1)
+    constants = {"scale": np.float32(0.1), "zero": np.int8(zero), "w": np.ones((32, 32), np.float32)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], "dequantize"),
+        helper.make_node("MatMul", ["d", "w"], ["y"], "product"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 32]) for name in "xy")
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", [x], [y], tensors)
+    path = tmp_path / "onnx-int8-static.onnx"
+    opset = helper.make_opsetid("", 20)
+    onnx_files.save_graph(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    model = load_graph(path)
+    assert onnx_files.is_light(model)
+    plans, left_out = plan_engines(model, Candidate(path.stem, path.name, "int8", 1), request_of("sm86", "sm89"))
+    if zero:
+        assert plans == [] and [one.targets for one in left_out] == [("sm86",), ("sm89",)]
+        assert "in a second file, where nothing is mended" in left_out[0].reason
+        assert "zero points of 0 only" in left_out[0].reason
+    else:
+        assert left_out == [] and [(one.graph, one.mended) for one in plans] == [(None, ())]
 
 
 @needs_rtx
