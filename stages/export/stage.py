@@ -4,8 +4,8 @@ Reads: merge-lora's `checkpoint/`.
 Writes: `onnx-fp32.onnx`, `onnx-fp16.onnx` and `onnx-bf16.onnx` where asked for, `candidates.json`; `engines.json` and
 `engines/` where engines are asked for.
 Gates: parity with the unpatched PyTorch network at every tried shape, per precision. A file that ONNX Runtime does not
-run here (BF16 on a CPU) is compared by its stand-in, built into engines, and left out of what can ship: no evidence is
-never a pass.
+run (BF16 on a CPU, where all is compared) is compared by its stand-in, built into engines, and left out of what can
+ship: no evidence is never a pass.
 Fails when: the network cannot be exported, the graph is not valid, an axis was frozen, or a target takes no engine.
 """
 
@@ -102,8 +102,8 @@ class ExportConfig(StageConfig):
         default=("fp32", "fp16"),
         min_length=1,
         description="Precisions of the ONNX files; fp32 is "
-        "always made. bf16 (opset 22, norms and softmax in FP32) needs a GPU to run: without one only its engines are "
-        "built.",
+        "always made. bf16 (opset 22, norms and softmax in FP32) is compared by a stand-in; its engines are built for "
+        "inspection and never shipped in this version.",
     )
     opset: int = Field(
         default=20, ge=18, le=23, description="ONNX opset (number); lowered to what the targets read, JetPack 6 20."
