@@ -127,13 +127,13 @@ def outside_budget(config: QuantizeConfig, measured: Mapping[str, Any], scheme: 
     """Why a measured file may not be shipped, or nothing."""
     kind = KINDS[scheme]
     smallest = config.min_share(kind.precision)
-    if measured["narrow_share"] < smallest:
+    if not measured["narrow_share"] >= smallest:
         share = f"only {measured['narrow_share']:.1%} of the arithmetic is in {kind.words}"
         return f"{share}; {smallest:.0%} is asked for"
-    if measured["metric_drop"] > config.max_metric_drop:
+    if not measured["metric_drop"] <= config.max_metric_drop:  # also NaN, here and below
         lost = f"the {measured['metric_name']} drops by {measured['metric_drop']:.4f}"
         return f"{lost}; the budget is {config.max_metric_drop:.4f}"
-    if measured["agreement"] < config.min_agreement:
+    if not measured["agreement"] >= config.min_agreement:
         return f"it agrees with the reference on {measured['agreement']:.2%}; the budget is {config.min_agreement:.2%}"
     if "cosine" in measured:
         cosine = measured["cosine"]

@@ -388,6 +388,14 @@ def test_a_drop_that_equals_the_budget_is_inside() -> None:
     assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured, "int8-static")
 
 
+@pytest.mark.parametrize(("name", "said"), [("metric_drop", "drops by nan"), ("agreement", "agrees"), ("narrow_share", "only nan")])  # fmt: skip
+def test_what_is_no_number_is_outside_of_every_budget(name: str, said: str) -> None:
+    config = QuantizeConfig(max_metric_drop=1.0, min_agreement=0.0, min_int8_share=0.0)
+    measured = {"metric_drop": 0.0, "metric_name": "accuracy", "agreement": 1.0, "narrow_share": 1.0}
+    assert outside_budget(config, measured, "int8-static") == ""
+    assert said in outside_budget(config, measured | {name: float("nan")}, "int8-static")
+
+
 @pytest.mark.parametrize(("cosine", "said"), [(0.96, ""), (0.959, "has the cosine 0.9590"), (None, "has no length")])
 def test_embeddings_have_a_budget_for_their_cosine(cosine: float | None, said: str) -> None:
     measured = {"metric_drop": 0.0, "metric_name": "recall@1", "agreement": 1.0, "narrow_share": 1.0}
