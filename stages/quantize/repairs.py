@@ -7,11 +7,11 @@ outputs share one scale, and here every output has its own.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.errors import QuantizeError
 from models.spec import side_by_side
 from stages.quantize.qdq import compute_nodes
 from stages.quantize.schemes import Variant
@@ -34,13 +34,15 @@ SAME = 1e-4
 @dataclass(frozen=True)
 class Outcome:
     """What one repair did: how many `places` it changed, and the mean squared change of the outputs by plain INT8 over
-    the calibration examples before and after it. One that lowers nothing is not `kept`."""
+    the calibration examples before and after it. One that lowers nothing is not `kept`; `reason` says why one was not
+    measured, or gave no number: then there is no `error_after`."""
 
     repair: Repair
     places: int
     error_before: float
-    error_after: float
+    error_after: float | None
     kept: bool
+    reason: str = ""
 
 
 def repaired(
@@ -49,10 +51,8 @@ def repaired(
     """The variants of a floating-point graph with those repairs that lower the error, and every `Outcome` as a dict.
 
     `quantized` calibrates a graph and gives its variants; `run` gives a graph's outputs over the calibration examples,
-    one at a time, so that no padding counts. SmoothQuant goes first: bias correction mends what is left.
-
-    Raises:
-        QuantizeError: smoothing changed what the graph computes.
+    one at a time, so that no padding counts. SmoothQuant goes first: bias correction mends what is left. Where it
+    changed what the graph computes, which FP32 can by its rounding, it is not kept.
     """
     variant, outcomes = quantized(model), list[Outcome]()
     if not repairs:
@@ -68,12 +68,18 @@ def repaired(
     for repair in sorted(repairs, key=ORDER.index):
         if repair == "smooth":
             graph, places = smoothed(model, run)
-            check_same(wanted, outputs_of(run(graph)))
+            problem = difference_in_words(wanted, outputs_of(run(graph)))
+            if problem:
+                outcomes.append(Outcome(repair, places, before, None, kept=False, reason=problem))
+                continue
             tried = quantized(graph) if places else variant
         else:
             shifts = mean_errors(model, variant(()), run)
             tried, places = with_corrected_biases(variant, shifts), len(shifts)
         after = error_of(tried(())) if places else before
+        if not math.isfinite(after):
+            outcomes.append(Outcome(repair, places, before, None, kept=False, reason="it gives NaN or infinity"))
+            continue
         kept = after < before
         outcomes.append(Outcome(repair, places, before, after, kept))
         if kept:
@@ -89,6 +95,8 @@ def outcome_in_words(outcome: Mapping[str, Any]) -> str:
     """For a person."""
     if not outcome["places"]:
         return f"{outcome['repair']} finds nothing to repair"
+    if outcome["reason"]:
+        return f"{outcome['repair']} is left out: {outcome['reason']}"
     change = f"the error of plain INT8 from {outcome['error_before']:.3g} to {outcome['error_after']:.3g}"
     return f"{outcome['repair']} changes {change}" + ("" if outcome["kept"] else ", and is left out")
 
@@ -100,16 +108,14 @@ def outputs_of(batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
     return np.concatenate([side_by_side(outputs) for outputs in batches])
 
 
-def check_same(before: np.ndarray, after: np.ndarray) -> None:
-    """Raises `QuantizeError` where the outputs of the smoothed graph are others."""
+def difference_in_words(before: np.ndarray, after: np.ndarray) -> str:
+    """By how much the outputs of the smoothed graph are others, or nothing where they are the same."""
     import numpy as np
 
     difference, span = float(np.abs(after - before).max()), float(before.max() - before.min())
     if not difference <= SAME * span:
-        raise QuantizeError(
-            f"smoothing changed the outputs by {difference:.3g}, of a range of {span:.3g}; take smooth out of "
-            "quantize.repairs"
-        )
+        return f"it changed the outputs in floating point by {difference:.3g}, of a range of {span:.3g}"
+    return ""
 
 
 def smoothed(model: onnx.ModelProto, run: Run) -> tuple[onnx.ModelProto, int]:

@@ -13,7 +13,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import stages.quantize.repairs as repairs
-from models.errors import QuantizeError
 from models.runtimes.onnxruntime_session import OnnxRuntimeSession
 from stages.candidates import Candidate
 from stages.quantize import Quantize, QuantizeConfig
@@ -125,12 +124,17 @@ def test_smoothing_takes_a_transposed_weight_and_leaves_a_shared_one() -> None:
     assert smoothed(shared, run)[1] == 0
 
 
-def test_smoothing_that_changes_the_function_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoothing_that_changes_the_function_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ground = Ground(tmp_path, (5, WIDTH))
     monkeypatch.setattr(repairs, "is_transposed", lambda node: True)  # rows and columns taken for each other
     monkeypatch.setattr(repairs, "axis_of_inputs", lambda node, weight: weight)
-    with pytest.raises(QuantizeError, match=r"smoothing changed the outputs .* take smooth out"):
-        repaired(normed(60.0), ("smooth",), ground.quantized, ground.run)
+    model = normed(60.0)
+    variant, (smooth, bias) = repaired(model, ("smooth", "bias-correction"), ground.quantized, ground.run)
+    assert smooth["repair"] == "smooth" and not smooth["kept"] and smooth["error_after"] is None
+    assert "smooth is left out: it changed the outputs" in repairs.outcome_in_words(smooth)
+    assert bias["repair"] == "bias-correction" and bias["error_before"] == smooth["error_before"]
+    plain = ground.error(model, ground.quantized(model)(()))
+    assert ground.error(model, variant(())) == pytest.approx(bias["error_after"] if bias["kept"] else plain)
 
 
 def biased(kind: str) -> onnx.ModelProto:
