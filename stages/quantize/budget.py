@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import QuantizeError
 from models.graph import products_of, shares_of
 from models.onnx_files import files_of, is_light, load_weights, save_graph, size_of_file
 from stages.candidates import Candidate, check_label
@@ -21,7 +20,7 @@ from stages.quantize.bench import (
     sensitivity_of,
 )
 from stages.quantize.qdq import compute_nodes
-from stages.quantize.schemes import KINDS, Plan, Scheme
+from stages.quantize.schemes import KINDS, Backend, Plan, Scheme
 from stages.quantize.search import fewest, rungs_for
 from stages.statistics import smallest_cosine
 
@@ -35,6 +34,26 @@ ABOVE_2_GB: tuple[Scheme, ...] = ("int8-dynamic", "int8-static", "int8-symmetric
 """Schemes whose quantizers leave the weights of a large graph in their file."""
 
 
+def make_candidate(bench: Workbench, scheme: Scheme, backend: Backend) -> Candidate:
+    """A scheme planned and searched; left out before that where its backend does not make it of so large a graph."""
+    reason = too_large_for(bench, scheme)
+    if reason:
+        name = f"onnx-{scheme}"
+        return Candidate(name, f"{name}.onnx", KINDS[scheme].precision, 0, accepted=False, reason=reason)
+    return search_precisions(bench, scheme, backend[scheme](bench))
+
+
+def too_large_for(bench: Workbench, scheme: Scheme) -> str:
+    """Why a graph above 2 GB is not quantized so, or nothing."""
+    if not is_light(bench.model):
+        return ""
+    if bench.config.backend != "onnxruntime":
+        return f"{bench.config.backend} takes no graph above 2 GB; quantize.backend: onnxruntime does"
+    if scheme not in ABOVE_2_GB:
+        return f"{scheme} is not made of a graph above 2 GB, {', '.join(ABOVE_2_GB)} are"
+    return ""
+
+
 def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate:
     """The variant with the fewest nodes in floating point that is inside the budget; where none is, the best one.
 
@@ -46,11 +65,6 @@ def search_precisions(bench: Workbench, scheme: Scheme, plan: Plan) -> Candidate
     if not plan.nodes:
         reason = f"there is nothing to quantize: the graph has no {plan.what}"
         return Candidate(name, f"{name}.onnx", kind.precision, 0, accepted=False, reason=reason)
-    if is_light(bench.model) and scheme not in ABOVE_2_GB:
-        raise QuantizeError(
-            f"{scheme} is not made of a graph above 2 GB, {' and '.join(ABOVE_2_GB)} are; take {scheme} out of "
-            "quantize.schemes"
-        )
     variant = guarded(scheme, plan.variant)
     harm: dict[str, float] = {}
     tried: dict[int, dict[str, Any]] = {}

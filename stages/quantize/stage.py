@@ -36,7 +36,7 @@ from stages.gate import Gate, GateResult
 from stages.quantize import modelopt_backend, onnxruntime_backend
 from stages.quantize.advice import advice_of
 from stages.quantize.bench import BATCH_SIZE, Workbench, one_example, quantizer_errors
-from stages.quantize.budget import search_precisions
+from stages.quantize.budget import make_candidate
 from stages.quantize.calibration import Method
 from stages.quantize.repairs import Repair
 from stages.quantize.schemes import Backend, Scheme
@@ -181,7 +181,7 @@ class Quantize:
             scratch.mkdir(exist_ok=True)
             bench = open_workbench(context, config, scratch)
             plans = BACKENDS[config.backend]
-            candidates = [search_precisions(bench, scheme, plans[scheme](bench)) for scheme in config.schemes]
+            candidates = [make_candidate(bench, scheme, plans) for scheme in config.schemes]
         write_candidates(context.output, candidates)
         measurements = {"candidates": [candidate.summary() for candidate in candidates], "samples": samples}
         gates = (gate_of(candidates, samples),) if candidates else ()

@@ -19,6 +19,9 @@ from stages.base import StageContext
 from stages.export import Export, ExportConfig
 from stages.package import Package, PackageConfig
 from stages.quantize import Quantize, QuantizeConfig
+from stages.quantize.bench import Workbench
+from stages.quantize.schemes import Plan
+from stages.quantize.stage import BACKENDS
 from stages.validate import Validate, ValidateConfig
 from tests.models.tiny import BERT, saved_checkpoint, text_backbone
 from tests.stages.chain import artifact_of, context_of, made, test_split
@@ -64,6 +67,37 @@ def test_weights_beside_the_graph_go_through_the_whole_chain(tmp_path: Path, mon
         assert not (small.folder / f"{name}.data").exists()
         assert numbers_of(onnx.load(artifacts["export"].file(name))) == numbers_of(onnx.load(small.file(name)))
     check_bundle(artifacts["package"].folder / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kept", "left", "said"),
+    [
+        ("onnxruntime", ["int8-dynamic"], "fp8", "is not made of a graph above 2 GB, int8-dynamic, int8-static"),
+        ("modelopt", [], "fp8", "modelopt takes no graph above 2 GB"),
+    ],
+)
+def test_a_scheme_for_smaller_graphs_is_left_out_and_the_others_stay(
+    backend: str, kept: list[str], left: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_files, "LARGEST_FILE_BYTES", 3_000)
+    monkeypatch.setattr(onnx_files, "SMALLEST_OUTSIDE_BYTES", 256)
+    monkeypatch.setitem(BACKENDS["onnxruntime"], "fp8", refuse)  # type: ignore[index]
+    inputs = {"merge-lora": made(TASK)["merge-lora"]}
+    context = context_at(tmp_path / "export", inputs)
+    Export().run(context, ExportConfig(precisions=("fp32",)))
+    context = context_at(tmp_path / "quantize", inputs | {"export": artifact_of("export", context.output)})
+    config = QuantizeConfig.model_validate({"backend": backend, "schemes": [left, *kept], **LOOSE})
+    result = Quantize().run(context, config)
+    out, *others = result.measurements["candidates"]
+    assert not out["accepted"] and said in out["reason"] and any(said in note for note in result.notes)
+    assert [one["name"] for one in others if one["accepted"]] == [f"onnx-{one}" for one in kept]
+    (gate,) = result.gates
+    assert gate.passed == bool(kept) and (kept or said in gate.message)
+
+
+def refuse(bench: Workbench) -> Plan:
+    """In place of a plan, which calibrates."""
+    raise AssertionError("it was planned")
 
 
 def numbers_of(model: onnx.ModelProto) -> dict[str, bytes]:
