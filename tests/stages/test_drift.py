@@ -24,6 +24,7 @@ from stages.validate.drift.first_layer import find_first_layer, share_of
 from stages.validate.drift.script import errors, same
 from tests.models.tiny import image_backbone, saved_checkpoint
 from tests.stages.chain import SAMPLES, artifact_of, context_of, edit_weight, made, temporary_folder, with_candidate
+from tests.stages.test_validate import HEAD
 
 QUICK = {
     "latency_calls": 20,
@@ -191,7 +192,22 @@ def test_each_step_is_held_against_the_one_before() -> None:
 def test_a_bad_merge_is_the_first_step_that_broke() -> None:
     (broken,) = broken_run()[0].measurements["drift"]["broken"]
     assert broken["candidate"] == "onnx-changed"
-    assert broken["step"] in ("merged", "onnx-changed") and broken["gates"]
+    assert broken["step"] == "merged" and "SQNR" in broken["gates"]
+
+
+def test_with_the_default_gates_a_break_is_blamed_on_its_own_step(tmp_path: Path) -> None:
+    """Two dozen samples leave the default margin open of everything, the start against itself included."""
+
+    def swap(model: onnx.ModelProto) -> None:
+        edit_weight(model, HEAD, lambda weight: np.roll(weight, 1, 0))
+
+    inputs = made() | {"quantize": with_candidate(tmp_path / "quantize", swap)}
+    config = ValidateConfig.model_validate({"latency_calls": 20})
+    found = Validate().run(context_of(tmp_path / "out", inputs), config).measurements["drift"]["broken"]
+    blamed = {one["candidate"]: one["step"] for one in found}
+    assert blamed == {"onnx-fp32": None, "onnx-fp16": None, "onnx-changed": "onnx-changed"}
+    gates = next(one["gates"] for one in found if one["step"])
+    assert "SQNR" in gates and "accuracy drop" not in gates
 
 
 @functools.cache

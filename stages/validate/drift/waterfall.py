@@ -164,7 +164,11 @@ def explain(
     outputs: Mapping[str, Outputs],
     parents: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """The first step on the way to a candidate that its own gates refuse, and the first layer where it is a graph."""
+    """The first step on the way to a candidate that its own gates refuse, and the first layer where it is a graph.
+
+    Refused is what fails or has no evidence. What the samples leave open names no step: few enough leave it open of the
+    start against itself. Nor does what the gates refuse there too, except where the start has no outputs at all.
+    """
     way: list[str] = []
     at: str | None = name
     while at is not None:
@@ -172,14 +176,20 @@ def explain(
         at = parents[at]
     precision = setup.candidates[name][0]
     start = outputs[way[0]]
-    red: dict[str, list[str]] = {}
-    for step in way:
-        verdicts = judge.verdicts(step, precision, judge.numbers(outputs[step], start))
-        red[step] = [one.name for one in verdicts if one.verdict != "pass"]
+    refused = {
+        step: {
+            (one.name, one.verdict)
+            for one in judge.verdicts(step, precision, judge.numbers(outputs[step], start))
+            if one.verdict in ("fail", "error")
+        }
+        for step in way
+    }
+    always = refused[way[0]] if start.values is not None else set()
+    red = {step: sorted(gate for gate, _ in found - always) for step, found in refused.items()}
     first = next((step for step in way if red[step]), None)
     found: dict[str, Any] = {"candidate": name, "step": first, "gates": red.get(first or "", []), "layer": None}
     if first is None:
-        return found | {"reason": f"on these {len(setup.indices)} samples no step is refused; the gates saw it on more"}
+        return found | {"reason": f"on these {len(setup.indices)} samples no step is refused: the gates saw it on more, or leave it open"}
     before = parents[first]
     if before is None:
         return found | {"reason": f"there is nothing to compare with: {outputs[first].problem or 'no evidence'}"}
