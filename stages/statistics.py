@@ -14,9 +14,11 @@ POWER_FACTOR = 8.56
 """(z.95 + z.90)² = (1.645 + 1.282)²: one-sided α = .05 and 90 % power."""
 FLIPLESS_FACTOR = 2.706
 """z.95²: of samples without a flip Tango's bound is z² / (n + z²)."""
+FEW = 30
+"""Differences below which Student's t says too little of how a few rare ones vary."""
 
 
-def tango_interval(gained: int, lost: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
+def tango_interval(gained: float, lost: float, samples: int, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval for the difference of two paired proportions (Tango 1998, Statistics in Medicine 17:891–908).
 
     `gained` samples are right in the candidate only, `lost` in the reference only; the difference is
@@ -44,7 +46,7 @@ def tango_interval(gained: int, lost: int, samples: int, confidence: float = 0.9
     return lower, upper
 
 
-def _tango_score(gained: int, lost: int, samples: int, difference: float) -> float:
+def _tango_score(gained: float, lost: float, samples: int, difference: float) -> float:
     """Tango's statistic at a hypothetical difference; falls monotonically in it."""
     numerator = gained - lost - samples * difference
     a = 2 * samples
@@ -60,24 +62,34 @@ def _tango_score(gained: int, lost: int, samples: int, difference: float) -> flo
 def paired_interval(found: np.ndarray, wanted: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """The interval of the mean of `found` − `wanted`, two scores of each sample: float64 (samples,).
 
-    Tango's where every score is 0 or 1, and where no sample differs, which alone is no proof that none can; else
-    Student's t on the paired differences, which holds for many samples whatever their distribution. One sample says
-    nothing: from −1 to 1.
+    Tango's where every score is 0 or 1, where no sample differs, which alone is no proof that none can, and where fewer
+    than `FEW` differ (see `as_flips`); else Student's t on the paired differences. Neither bound is nearer to the mean
+    than Tango's is where nothing flips: what no sample shows may be there. One sample says nothing: from −1 to 1.
+
+    Simulated at α = .05 one-sided, t's size is 5 to 5.5 % where some examples gain and some lose; where all of 40 to
+    80 that differ lose, up to 7.5 %, for their mean is skewed.
 
     Raises:
         ValueError: there are no samples.
     """
     import numpy as np
-    from scipy.stats import t
+    from scipy.stats import norm, t
 
-    if (are_binary(found) and are_binary(wanted)) or bool((found == wanted).all()):
-        return tango_interval(int((found > wanted).sum()), int((wanted > found).sum()), len(found), confidence)
-    if len(found) == 1:
+    samples = len(found)
+    if are_flips(found, wanted):
+        return tango_interval(int((found > wanted).sum()), int((wanted > found).sum()), samples, confidence)
+    if samples == 1:
         return -1.0, 1.0
     differences = found - wanted
-    mean, deviation = float(differences.mean()), float(np.std(differences, ddof=1))
-    reach = float(t.ppf(0.5 + confidence / 2, len(found) - 1)) * deviation / math.sqrt(len(found))
-    return mean - reach, mean + reach
+    mean, z = float(differences.mean()), float(norm.ppf(0.5 + confidence / 2))
+    least = z**2 / (samples + z**2)
+    if np.count_nonzero(differences) < FEW:
+        gained, lost, largest = as_flips(differences)
+        low, high = (largest * bound for bound in tango_interval(gained, lost, samples, confidence))
+    else:
+        reach = float(t.ppf(0.5 + confidence / 2, samples - 1)) * float(np.std(differences, ddof=1))
+        low, high = mean - reach / math.sqrt(samples), mean + reach / math.sqrt(samples)
+    return min(low, mean - least), max(high, mean + least)
 
 
 def drop_p_value(found: np.ndarray, wanted: np.ndarray, margin: float) -> float:
@@ -90,19 +102,43 @@ def drop_p_value(found: np.ndarray, wanted: np.ndarray, margin: float) -> float:
     import numpy as np
     from scipy.stats import norm, t
 
-    if (are_binary(found) and are_binary(wanted)) or bool((found == wanted).all()):
-        counts = int((found > wanted).sum()), int((wanted > found).sum()), len(found)
-        if counts[2] == 0:
+    samples = len(found)
+    if are_flips(found, wanted):
+        counts = int((found > wanted).sum()), int((wanted > found).sum()), samples
+        if samples == 0:
             raise ValueError("there are no samples")
         return float(norm.cdf(_tango_score(*counts, -min(margin, 1 - 1e-9))))
-    if len(found) == 1:
+    if samples == 1:
         return 1.0
     differences = found - wanted
-    error = float(np.std(differences, ddof=1)) / math.sqrt(len(found))
     distance = float(differences.mean()) + margin
-    if error == 0:
-        return float(distance >= 0)
-    return float(t.cdf(distance / error, len(found) - 1))
+    beyond = min(max(-distance, 0.0), 1 - 1e-9)
+    flipless = float(norm.cdf(-math.sqrt(samples * beyond / (1 - beyond))))
+    if np.count_nonzero(differences) < FEW:
+        gained, lost, largest = as_flips(differences)
+        shown = float(norm.cdf(_tango_score(gained, lost, samples, -min(margin / largest, 1 - 1e-9))))
+        return max(shown, flipless)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(samples)
+    return max(float(t.cdf(distance / error, samples - 1)) if error else float(distance >= 0), flipless)
+
+
+def are_flips(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Whether a difference of two scores is that of a right and a wrong answer, or there is none."""
+    return (are_binary(found) and are_binary(wanted)) or bool((found == wanted).all())
+
+
+def as_flips(differences: np.ndarray) -> tuple[float, float, float]:
+    """(gained, lost, the largest difference) of `differences`, float64 (samples,) and not all 0, as Tango's interval
+    takes them: a difference of half the largest counts as half a sample that flips.
+
+    Gains and losses of the largest size with the same mean vary more than what is seen, so that the interval is rather
+    too wide. To count each whole would not be: ten tiny gains would make up for ten large losses.
+    """
+    import numpy as np
+
+    largest = float(np.abs(differences).max())
+    shares = differences / largest
+    return float(shares[shares > 0].sum()), float(-shares[shares < 0].sum()), largest
 
 
 def keep_p_value(found: np.ndarray, wanted: np.ndarray, margin: float) -> float:
@@ -149,15 +185,19 @@ def smallest_visible_drop(found: np.ndarray, wanted: np.ndarray) -> float:
     """The drop of the mean score that a paired non-inferiority test on these samples sees with 90 % power at α = .05.
 
     n = 8.56 ψ / m², with ψ the variance of the paired differences (for right and wrong answers the share of samples
-    that flip) and m the margin, solved for m; with no flip seen, ψ is bounded by 3 / n (the rule of three). At most 1:
-    a handful of samples sees nothing.
+    that flip) and m the margin, solved for m; where fewer than `FEW` differ, ψ is that of `as_flips`, and at least
+    3 / n (the rule of three). No less than Tango's bound where nothing flips, and at most 1: a handful of samples sees
+    nothing.
     """
     import numpy as np
 
-    samples = len(found)
-    variance = float(np.square(found - wanted).mean())
-    alike = bool((found == wanted).all()) or (are_binary(found) and are_binary(wanted))
-    return min(1.0, math.sqrt(POWER_FACTOR * max(variance, 3 / samples if alike else 0.0) / samples))
+    samples, differences = len(found), found - wanted
+    variance = float(np.square(differences).mean())
+    if are_flips(found, wanted) or np.count_nonzero(differences) < FEW:
+        largest = float(np.abs(differences).max())
+        variance = max(largest * float(np.abs(differences).mean()), 3 / samples)
+    least = FLIPLESS_FACTOR / (samples + FLIPLESS_FACTOR)
+    return min(1.0, max(math.sqrt(POWER_FACTOR * variance / samples), least))
 
 
 def samples_needed(variance: float, margin: float) -> int | None:

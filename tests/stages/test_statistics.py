@@ -117,6 +117,28 @@ def test_no_difference_of_scores_is_no_proof_either() -> None:
     assert paired_interval(np.array([0.4]), np.array([0.7])) == (-1.0, 1.0)
 
 
+def test_a_few_small_losses_prove_nothing() -> None:
+    """One example of a hundred that is slightly worse shows no more than none."""
+    wanted = np.full(100, 0.9)
+    found = np.where(np.arange(100) < 1, 0.85, wanted)
+    low, high = paired_interval(found, wanted, 0.90)
+    flipless = tango_interval(0, 0, 100, 0.90)[1]
+    assert low == pytest.approx(-0.0005 - flipless) and high == pytest.approx(-0.0005 + flipless)
+    assert smallest_visible_drop(found, wanted) == smallest_visible_drop(*flipped(0, 100))
+    assert drop_p_value(found, wanted, 0.0) > 0.4
+
+
+def test_a_few_losses_are_worth_flips_of_the_largest() -> None:
+    """Twelve halves lost and two gained of 300: half of Tango's interval of twelve and two; tiny gains make up for none."""
+    wanted = np.full(300, 0.5)
+    found = wanted + np.array([-0.5] * 12 + [0.5] * 2 + [0.0] * 286)
+    assert paired_interval(found, wanted, 0.90) == pytest.approx([0.5 * one for one in tango_interval(2, 12, 300, 0.90)])
+    low = paired_interval(found, wanted, 0.90)[0]
+    assert drop_p_value(found, wanted, -paired_interval(found, wanted, 0.90)[1]) == pytest.approx(0.05, abs=1e-4)
+    found[14:24] += 0.001
+    assert paired_interval(found, wanted, 0.90)[0] == pytest.approx(low, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("gained", "lost", "samples", "published"),
     [(1, 7, 21, (-0.517, -0.026)), (6, 16, 161, (-0.1240, -0.0054))],
@@ -198,6 +220,37 @@ def passing_share(drop: float, flips: float, samples: int, margin: float, runs: 
 def test_the_gate_lets_a_drop_at_the_margin_pass_in_one_run_of_twenty(flips: float, samples: int) -> None:
     """Size: 5 %, of Tango's test up to 5.5 % at small n, and three standard errors of the simulation (1 %)."""
     assert passing_share(0.02, flips, samples, 0.02) <= 0.055 + 0.0104
+
+
+FRACTIONS = (1 / 3, 2 / 3, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "gained", "sizes", "samples"),
+    [
+        (0.02, 0.0, (0.5,), 250),  # Student's t alone passed 10 to 15 % of such
+        (0.02, 0.0, (0.5,), 400),
+        (0.05, 0.03, FRACTIONS, 250),
+        (0.02, 0.0, (0.25, 0.5), 400),
+        (0.15, 0.05, FRACTIONS, 400),  # from here on t decides
+        (0.10, 0.05, FRACTIONS, 1000),
+        (0.08, 0.06, (0.5,), 2000),
+    ],
+)
+def test_fractional_scores_let_a_drop_at_the_margin_pass_in_one_run_of_twenty(
+    lost: float, gained: float, sizes: tuple[float, ...], samples: int
+) -> None:
+    """Size: 5 % and three standard errors of 4000 simulated runs (1 %), the margin being the true drop."""
+    random, runs = np.random.default_rng(5), 4000
+    kind, size = random.uniform(size=(runs, samples)), random.choice(sizes, (runs, samples))
+    differences = np.where(kind < lost, -size, np.where(kind < lost + gained, size, 0.0))
+    margin = (lost - gained) * float(np.mean(sizes))
+    # The bound lies below the mean, so that only a mean within the margin can pass.
+    close = differences[differences.mean(1) > -margin]
+    wanted = np.full(samples, 0.3)
+    proven = sum(paired_interval(wanted + one, wanted, 0.90)[0] >= -margin for one in close)
+    assert proven / runs <= 0.05 + 0.0104
 
 
 @pytest.mark.slow
