@@ -245,3 +245,17 @@ def test_no_input_is_pasted_into_a_shell_and_every_action_is_pinned() -> None:
         else:
             assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"])
     assert all("description" in one for one in (*ACTION["inputs"].values(), *ACTION["outputs"].values()))
+
+
+def test_samples_of_the_test_split_are_uploaded_only_where_that_is_asked_for() -> None:
+    """reproduce/ holds real inputs; whoever may read a repository's artifacts may read them."""
+    assert ACTION["inputs"]["upload-samples"]["default"] == "false"
+    uploads = {step["name"]: step for step in STEPS if "upload-artifact" in step.get("uses", "")}
+    asked = [name for name, step in uploads.items() if "inputs.upload-samples == 'true'" in step["if"]]
+    assert asked == ["Upload what reproduces a failure"]
+    prefix = "${{ steps.run.outputs.run-dir }}/"
+    paths = [path.removeprefix(prefix) for path in uploads["Upload the report"]["with"]["path"].split("\n") if path]
+    assert [path for path in paths if path.startswith("validate")] == [
+        "validate/evidence.json", "validate/manifest.json",
+    ]  # fmt: skip
+    assert uploads[asked[0]]["with"]["path"] == f"{prefix}validate/reproduce/"
