@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from stages.validate.metrics import Outputs
 from stages.validate.self_test import SelfTest, run_self_test, self_test_gates, self_test_notes
 from stages.validate.self_test.defects import CONTROLS, DEFECTS
 from stages.validate.self_test.inputs import keep_case, on_texts
-from stages.validate.self_test.run import outputs_of, subject_of
+from stages.validate.self_test.run import outputs_of, subject_of, tested
 from stages.validate.self_test.subject import Mutant, Subject
 from stages.validate.stage import ceilings_of
 from tests.stages.chain import context_of, made, temporary_folder, test_split
@@ -193,6 +194,26 @@ def test_what_too_few_samples_leave_open_is_no_false_alarm_and_no_credit() -> No
     assert all(one["judged"]["fp32"] == ["accuracy drop"] for one in found["controls"])
     (halved,) = [one for one in found["defects"] if one["name"] == "outputs halved"]  # flips nothing
     assert halved["status"] == "escaped" and halved["judged"]["fp32"] == []
+
+
+def row_of(name: str, judge: Judge, make: Callable[[Subject], Mutant | str] | None = None) -> dict[str, Any]:
+    """The row of one defect as an FP32 candidate, with another mutant where one is given."""
+    setup, _ = setup_of("image-classification")
+    (defect,) = [one for one in DEFECTS if one.name == name]
+    defect = replace(defect, make=make or defect.make)
+    setup = replace(setup, precisions=("fp32",))
+    whole = outputs_of(Mutant(), setup, "unchanged")
+    return tested(defect, subject_of(setup, judge), setup, judge, whole, 0.0, {"fp32": set()}, name)
+
+
+@pytest.mark.parametrize(("lenient", "status"), [("fail", "caught"), ("pass", "escaped")])
+def test_what_the_configuration_lets_through_is_not_caught(lenient: Any, status: str) -> None:
+    """Halved logits flip nothing: two dozen samples leave the drop open, which stops a run or does not."""
+    blind = {"min_agreement": 0, "min_sqnr_db": -300, "max_slice_drop": None, "max_relative_error_fp32": 1e9}
+    judge = judge_of(*setup_of("image-classification"), metric_drop="proven", **blind)
+    judge = replace(judge, config=judge.config.model_copy(update={"on_inconclusive": lenient}))
+    row = row_of("outputs halved", judge)
+    assert (row["status"], row["judged"]["fp32"]) == (status, ["accuracy drop"] if status == "caught" else [])
 
 
 def test_a_defect_without_effect_is_equivalent() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import RuntimeInferenceError
 from stages.gate import Gate, GateResult
+from stages.validate.gates import settled
 from stages.validate.judge import Judge
 from stages.validate.metrics import Outputs, collect_outputs
 
@@ -57,8 +58,8 @@ def run_self_test(setup: SelfTest, judge: Judge, collect: Collect | None = None)
     """The table of defects and controls, and what the gates made of them; plain values. `collect` gives the outputs of
     a mutant, `outputs_of` where none is named.
 
-    A defect is caught where a gate does not pass in every precision it is judged as; a gate that says the same of a
-    control is not counted. One that moves no output by more than the controls do is equivalent, and not counted either.
+    A defect is caught where a gate stops it in every precision it is judged as: one that the configuration lets through
+    does not. A gate that says the same of a control is not counted. One that moves no output by more than the controls do is equivalent, and not counted either.
 
     Raises:
         RuntimeInferenceError: the unchanged graph does not run.
@@ -127,7 +128,8 @@ def tested(
 ) -> dict[str, Any]:
     """A defect's row. `noise` is how far harmless changes move outputs, `red` by precision the (gate, verdict) that no
     credit is given for, empty for a control itself, which is caught where a gate says fail or error. `moved` is the
-    largest change of any output, None where there are none to compare; `said` are all verdicts but passes."""
+    largest change of any output, None where there are none to compare; `said` are the verdicts that stop a run. Waivers
+    hold for the bytes of a candidate, and so for no mutant."""
     row: dict[str, Any] = {
         **defect.summary(), "judged": {}, "said": {}, "moved": None, "reason": "", "numbers": {},
     }  # fmt: skip
@@ -150,8 +152,8 @@ def tested(
     said = {
         name: [
             (one.name, one.verdict)
-            for one in judge.verdicts(defect.name, name, numbers)
-            if one.verdict != "pass" and (one.name, one.verdict) not in red.get(name, ())
+            for one in settled(judge.verdicts(defect.name, name, numbers), judge.config, None)
+            if one.stops and (one.name, one.verdict) not in red.get(name, ())
         ]
         for name in precisions
     }
