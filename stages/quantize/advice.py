@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stages.quantize.repairs import REPAIRED
+
 if TYPE_CHECKING:
     from stages.candidates import Candidate
 
@@ -12,15 +14,15 @@ MANY = 0.1
 """Share of the nodes in floating point above which advice is given: the demo needs 2 of 60, and ships with 96 % of its
 arithmetic in INT8 (see docs/decisions/0006)."""
 
-STATIC = ("onnx-int8-static", "onnx-int8-symmetric")
+STATIC = tuple(f"onnx-{scheme}" for scheme in REPAIRED)
 """Candidates that repairs, and training with their rounding, are for."""
 
 TRAINING = "finetune.quantization_aware.epochs: 1 trains for INT8 (the metric gains more than the agreement)"
 
 
-def advice_of(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+def advice_of(candidates: Sequence[Candidate], repairs: bool) -> tuple[str, ...]:
     """A sentence, or nothing where static INT8 is well: it was tried, and is outside its budget or largely floating
-    point."""
+    point. `repairs`: whether they can be made here."""
     for one in candidates:
         if one.name not in STATIC or not one.measurements.get("tried"):
             continue
@@ -30,8 +32,9 @@ def advice_of(candidates: Sequence[Candidate]) -> tuple[str, ...]:
             found = f"{one.name} keeps {share:.0%} of its nodes in floating point"
         else:
             continue
-        repairs = "" if one.measurements.get("repairs") else "quantize.repairs: [smooth, bias-correction] is quick; "
-        return (f"{found}: {repairs}{TRAINING}",)
+        untried = repairs and not one.measurements.get("repairs")
+        quick = "quantize.repairs: [smooth, bias-correction] is quick; " if untried else ""
+        return (f"{found}: {quick}{TRAINING}",)
     return ()
 
 

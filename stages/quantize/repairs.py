@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.spec import side_by_side
 from stages.quantize.qdq import compute_nodes
-from stages.quantize.schemes import Variant
+from stages.quantize.schemes import Scheme, Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from stages.quantize.search import Run
 
 Repair = Literal["smooth", "bias-correction"]
+
+REPAIRED: tuple[Scheme, ...] = ("int8-static", "int8-symmetric")
+"""Schemes that repairs are for."""
 
 MIGRATION = 0.5
 """SmoothQuant's α: how much of the difficulty goes from activations to weights (its paper's choice, section 4)."""

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from models.errors import QuantizeError
 from models.graph import carry_modules, products_of
-from models.onnx_files import SMALLEST_OUTSIDE_BYTES, save_graph, weights_beside
+from models.onnx_files import SMALLEST_OUTSIDE_BYTES, is_light, save_graph, weights_beside
 from models.tasks import task_of
 from stages.base import (
     NETWORK_PACKAGES,
@@ -38,7 +38,7 @@ from stages.quantize.advice import advice_of
 from stages.quantize.bench import BATCH_SIZE, Workbench, one_example, quantizer_errors
 from stages.quantize.budget import make_candidate
 from stages.quantize.calibration import Method
-from stages.quantize.repairs import Repair
+from stages.quantize.repairs import REPAIRED, Repair
 from stages.quantize.schemes import Backend, Scheme
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
 
 BackendName = Literal["onnxruntime", "modelopt"]
+
+ORT_ONLY = ("repairs", "reduce_range", "calibration_percentile")
+"""Fields that nothing but ONNX Runtime's backend reads."""
+
+NO_REPAIRS = "quantize.repairs are not made of a graph above 2 GB"
 
 
 class QuantizeConfig(StageConfig):
@@ -93,7 +98,7 @@ class QuantizeConfig(StageConfig):
     )
     repairs: tuple[Repair, ...] = Field(
         default=("bias-correction",),
-        description="Static INT8 schemes: smooth moves outlying channels from what layer norms give into weights "
+        description="Static INT8 schemes of the backend onnxruntime, below 2 GB: smooth moves outlying channels from what layer norms give into weights "
         "(SmoothQuant); bias-correction adds the mean error of every quantized node to its bias. Each is kept where it "
         "lowers the error on calibration examples.",
     )
@@ -138,7 +143,7 @@ class QuantizeConfig(StageConfig):
 
     @model_validator(mode="after")
     def backend_has_the_schemes(self) -> QuantizeConfig:
-        """The backend has every scheme and the way of calibrating."""
+        """The backend has every scheme, the way of calibrating, and whatever else is set."""
         has = BACKENDS[self.backend]
         missing = [scheme for scheme in self.schemes if scheme not in has]
         if missing:
@@ -146,6 +151,9 @@ class QuantizeConfig(StageConfig):
         if self.backend == "modelopt" and self.calibration not in modelopt_backend.METHODS:
             known = ", ".join(modelopt_backend.METHODS)
             raise ValueError(f"the backend modelopt has no calibration {self.calibration}; it has {known}")
+        asked = [name for name in ORT_ONLY if name in self.model_fields_set and getattr(self, name)]
+        if self.backend == "modelopt" and asked:
+            raise ValueError(f"the backend modelopt has no {', '.join(asked)}; take it out, or use onnxruntime")
         return self
 
     def min_share(self, precision: Precision) -> float:
@@ -184,11 +192,14 @@ class Quantize:
             candidates = [make_candidate(bench, scheme, plans) for scheme in config.schemes]
         write_candidates(context.output, candidates)
         measurements = {"candidates": [candidate.summary() for candidate in candidates], "samples": samples}
-        gates = (gate_of(candidates, samples),) if candidates else ()
+        above_2_gb = bool(candidates) and is_light(bench.model)
+        advice = advice_of(candidates, repairs=config.backend == "onnxruntime" and not above_2_gb)
+        gates = (gate_of(candidates, samples, advice),) if candidates else ()
         engines = engines_of(context, bench.checkpoint, candidates) if candidates else EngineReport()
         if engines.engines or engines.left_out:
             measurements |= engines.summary()
-        notes = (*map(note_of, candidates), *advice_of(candidates), *engines.notes())
+        skipped = above_2_gb and config.repairs and any(one in REPAIRED for one in config.schemes)
+        notes = (*map(note_of, candidates), *([NO_REPAIRS] if skipped else []), *advice, *engines.notes())
         return StageResult(gates, measurements, notes)
 
 
@@ -201,11 +212,11 @@ def engines_of(context: StageContext, checkpoint: Checkpoint, candidates: Sequen
     return build_engines(context, request, candidates, [checkpoint.processing.arrays(contents)])
 
 
-def gate_of(candidates: Sequence[Candidate], samples: int) -> GateResult:
+def gate_of(candidates: Sequence[Candidate], samples: int, advice: Sequence[str]) -> GateResult:
     """At least one candidate is inside its budget."""
     accepted = sum(candidate.accepted for candidate in candidates)
     reasons = [f"{one.name}: {one.reason}" for one in candidates if not one.accepted]
-    left_out = "; ".join((*reasons, *(() if accepted else advice_of(candidates))))
+    left_out = "; ".join((*reasons, *(() if accepted else advice)))
     gate = Gate("lower precision inside its budget", "at least", 1.0, "candidates")
     return gate.check("quantize", float(accepted), samples, left_out)
 

@@ -21,7 +21,7 @@ from stages.package import Package, PackageConfig
 from stages.quantize import Quantize, QuantizeConfig
 from stages.quantize.bench import Workbench
 from stages.quantize.schemes import Plan
-from stages.quantize.stage import BACKENDS
+from stages.quantize.stage import BACKENDS, NO_REPAIRS
 from stages.validate import Validate, ValidateConfig
 from tests.models.tiny import BERT, saved_checkpoint, text_backbone
 from tests.stages.chain import artifact_of, context_of, made, test_split
@@ -118,6 +118,7 @@ def run_chain(folder: Path, artifacts: dict[str, Artifact], export: ExportConfig
         context = context_at(folder / name, artifacts)
         reset_peak_memory()
         result = stage().run(context, config)
+        assert (NO_REPAIRS in result.notes) == (name == "quantize")
         assert all(gate.passed for gate in result.gates), [gate.message for gate in result.gates]
         artifacts[name] = artifact_of(name, context.output)
         artifacts[name].manifest["peak_memory_bytes"] = peak_memory_bytes()

@@ -115,8 +115,15 @@ def test_what_it_says_last_is_the_reason(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"schemes": ["int8-static", "fp8"]}, "the backend modelopt has no int8-static; it has int8-symmetric"),
         ({"schemes": ["fp8"], "calibration": "mse"}, "the backend modelopt has no calibration mse; it has minmax"),
+        ({"schemes": ["fp8"], "repairs": ["smooth"], "reduce_range": True}, "has no repairs, reduce_range; take it out"),
+        ({"schemes": ["fp8"], "calibration_percentile": 99.9}, "the backend modelopt has no calibration_percentile"),
     ],
 )
 def test_what_it_has_not_is_an_error_of_the_configuration(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         QuantizeConfig.model_validate({"backend": "modelopt", **settings})
+
+
+def test_what_is_set_to_nothing_is_not_asked_of_it() -> None:
+    settings = {"backend": "modelopt", "schemes": ["fp8"], "repairs": [], "reduce_range": False}
+    assert QuantizeConfig.model_validate(settings).backend == "modelopt"

@@ -227,10 +227,12 @@ def candidate_of(accepted: bool, floats: int, more: dict[str, Any]) -> Candidate
 
 
 def test_where_int8_costs_too_much_the_way_out_is_named() -> None:
-    assert advice_of([candidate_of(True, 0, {}), candidate_of(True, 2, {})]) == ()
-    (kept,) = advice_of([candidate_of(True, 5, {})])
+    assert advice_of([candidate_of(True, 0, {}), candidate_of(True, 2, {})], repairs=True) == ()
+    (kept,) = advice_of([candidate_of(True, 5, {})], repairs=True)
     assert "keeps 25% of its nodes in floating point" in kept
     assert "quantize.repairs" in kept and "finetune.quantization_aware.epochs: 1" in kept
-    (outside,) = advice_of([candidate_of(False, 0, {"repairs": [{}]})])
+    (without,) = advice_of([candidate_of(True, 5, {})], repairs=False)
+    assert "quantize.repairs" not in without and "finetune.quantization_aware.epochs: 1" in without
+    (outside,) = advice_of([candidate_of(False, 0, {"repairs": [{}]})], repairs=True)
     assert "outside its budget" in outside and "quantize.repairs" not in outside
-    assert advice_of([Candidate("onnx-int8-dynamic", "f", "int8", 0, accepted=False, reason="nothing")]) == ()
+    assert advice_of([Candidate("onnx-int8-dynamic", "f", "int8", 0, accepted=False, reason="nothing")], repairs=True) == ()
