@@ -388,7 +388,9 @@ def test_a_drop_that_equals_the_budget_is_inside() -> None:
     assert "drops by" in outside_budget(QuantizeConfig(max_metric_drop=0.0099), measured, "int8-static")
 
 
-@pytest.mark.parametrize(("name", "said"), [("metric_drop", "drops by nan"), ("agreement", "agrees"), ("narrow_share", "only nan")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "said"), [("metric_drop", "drops by nan"), ("agreement", "agrees"), ("narrow_share", "only nan")]
+)
 def test_what_is_no_number_is_outside_of_every_budget(name: str, said: str) -> None:
     config = QuantizeConfig(max_metric_drop=1.0, min_agreement=0.0, min_int8_share=0.0)
     measured = {"metric_drop": 0.0, "metric_name": "accuracy", "agreement": 1.0, "narrow_share": 1.0}

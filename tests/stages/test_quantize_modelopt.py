@@ -115,7 +115,7 @@ def test_what_it_says_last_is_the_reason(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"schemes": ["int8-static", "fp8"]}, "the backend modelopt has no int8-static; it has int8-symmetric"),
         ({"schemes": ["fp8"], "calibration": "mse"}, "the backend modelopt has no calibration mse; it has minmax"),
-        ({"schemes": ["fp8"], "repairs": ["smooth"], "reduce_range": True}, "has no repairs, reduce_range; take it out"),
+        ({"schemes": ["fp8"], "repairs": ["smooth"], "reduce_range": True}, "has no repairs, reduce_range; take"),
         ({"schemes": ["fp8"], "calibration_percentile": 99.9}, "the backend modelopt has no calibration_percentile"),
     ],
 )

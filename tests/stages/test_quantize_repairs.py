@@ -235,4 +235,5 @@ def test_where_int8_costs_too_much_the_way_out_is_named() -> None:
     assert "quantize.repairs" not in without and "finetune.quantization_aware.epochs: 1" in without
     (outside,) = advice_of([candidate_of(False, 0, {"repairs": [{}]})], repairs=True)
     assert "outside its budget" in outside and "quantize.repairs" not in outside
-    assert advice_of([Candidate("onnx-int8-dynamic", "f", "int8", 0, accepted=False, reason="nothing")], repairs=True) == ()
+    dynamic = Candidate("onnx-int8-dynamic", "f", "int8", 0, accepted=False, reason="nothing")
+    assert advice_of([dynamic], repairs=True) == ()
