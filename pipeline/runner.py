@@ -49,6 +49,7 @@ from stages.data.load import load_data
 from stages.data.splits import DataSplits
 from stages.environment import digest_of_code, versions_of
 from stages.gate import VERDICT_WORDS, outcome_of, stops
+from stages.quantize.modelopt_backend import require_modelopt
 from stages.validate.providers import require_providers
 
 FRESH = "configuration, inputs, data, versions and files are unchanged"
@@ -170,8 +171,10 @@ class Runner:
         return decisions
 
     def require_machine(self, names: Sequence[str]) -> None:
-        """Raises `MissingCapabilityError` where the device or a provider that was asked for is not here."""
+        """Raises `MissingCapabilityError` where a device, provider or quantizer that was asked for is not here."""
         resolve_device(self.config.device)
+        if "quantize" in names and self.config.quantize.backend == "modelopt" and self.config.quantize.schemes:
+            require_modelopt()
         if "validate" in names:
             require_providers(self.config.validate_.providers)
 

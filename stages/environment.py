@@ -11,6 +11,11 @@ from stages.artifact import digest_of, sha256_of_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
+INSTALL_MODELOPT = (
+    "pip install 'nvidia-modelopt>=0.47' 'onnx-graphsurgeon>=0.6.1' onnxslim onnxconverter-common lief cppimport"
+)
+"""ModelOpt bare and what its ONNX part imports: its own extra `onnx` holds ONNX Runtime at 1.24 and onnx at 1.21."""
+
 
 def version_of(package: str) -> str | None:
     """The installed version of a distribution, or None."""

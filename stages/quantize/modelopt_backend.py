@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from models.engines.mends import add_constant, drop_unread_constants, read_only
 from models.errors import MissingCapabilityError, QuantizeError
 from models.graph import carry_modules
+from stages.environment import INSTALL_MODELOPT
 from stages.quantize.bench import BATCH_SIZE, Workbench
 from stages.quantize.fp8 import keep_relus
 from stages.quantize.modelopt_worker import REQUEST, RESULT, SOURCE
@@ -27,8 +28,8 @@ from stages.quantize.schemes import Backend, Plan, Scheme
 if TYPE_CHECKING:
     import onnx
 
-INSTALL = "pip install 'nvidia-modelopt>=0.47' 'onnx-graphsurgeon>=0.6.1' onnxslim onnxconverter-common lief cppimport"
-"""ModelOpt bare and what its ONNX part imports: its own extra `onnx` holds ONNX Runtime at 1.24 and onnx at 1.21."""
+MODULES = ("modelopt", "onnx_graphsurgeon", "onnxslim", "onnxconverter_common", "lief", "cppimport")
+"""What `INSTALL_MODELOPT` installs."""
 
 METHODS = {"minmax": "max", "entropy": "entropy"}
 """How activations get their range: `quantize.calibration` → ModelOpt's word."""
@@ -44,9 +45,11 @@ batches of texts of different lengths do not allow; its authors use as few."""
 
 def require_modelopt() -> None:
     """Raises `MissingCapabilityError` where a package is not installed."""
-    missing = [name for name in ("modelopt", "onnx_graphsurgeon", "onnxslim") if find_spec(name) is None]
+    missing = [name for name in MODULES if find_spec(name) is None]
     if missing:
-        raise MissingCapabilityError(f"quantize.backend: modelopt needs {', '.join(missing)}, not here: {INSTALL}")
+        raise MissingCapabilityError(
+            f"quantize.backend: modelopt needs {', '.join(missing)}, not here: {INSTALL_MODELOPT}"
+        )
 
 
 def plan_with_modelopt(bench: Workbench, scheme: Scheme) -> Plan:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import pipeline.runner as runner_module
-from models.errors import ConfigError, StageError
+import stages.quantize.modelopt_backend as modelopt_backend
+from models.errors import ConfigError, MissingCapabilityError, StageError
 from models.spec import BackboneSpec
 from pipeline.config import PipelineConfig
 from pipeline.folder import lock_folder
@@ -27,6 +28,7 @@ from stages.finetune import FinetuneConfig
 from stages.gate import Gate
 from stages.merge_lora import MergeLoraConfig
 from stages.package import PackageConfig
+from stages.quantize.modelopt_backend import MODULES
 
 SPLITS = ("train", "validation", "calibration", "test")
 BACKBONE = BackboneSpec("timm:tiny", "timm", "tiny", None, None, "package x==1", "0" * 64)
@@ -148,6 +150,21 @@ def test_a_touched_file_is_found(tmp_path: Path) -> None:
     make_runner(tmp_path).run(NAMES)
     (tmp_path / "run/merge-lora/merged.txt").write_text("other")
     assert make_runner(tmp_path).plan(NAMES)[1].reason == "its files were touched: merged.txt has changed"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_quantizer_that_is_not_here_is_known_before_anything_runs(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modelopt_backend, "find_spec", lambda name: None if name == module else object())
+    asked = {"backend": "modelopt", "schemes": ["fp8"]}
+    runner = make_runner(tmp_path, quantize=asked)
+    for call in (runner.run, runner.plan):
+        with pytest.raises(MissingCapabilityError, match=f"needs {module}, not here: pip install 'nvidia-modelopt"):
+            call([*NAMES, "quantize"])
+    runner.require_machine(NAMES)
+    make_runner(tmp_path, quantize=asked | {"schemes": []}).require_machine([*NAMES, "quantize"])
+    assert First.runs == 0 and not (tmp_path / "run").exists()
 
 
 def test_a_failed_gate_stops_the_run_keeps_the_artifact_and_fails_again(
