@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -66,14 +67,16 @@ def bf16_from_fp32(model: onnx.ModelProto, folder: Path = Path()) -> onnx.ModelP
     rounded from FP32 and never from FP16, whose range is smaller.
 
     Raises:
-        ExportError: the graph is above 2 GB, which onnx's conversion to a later opset does not take.
+        ExportError: the graph is above 2 GB, which onnx's conversion to a later opset does not take, or has an operator
+            that it does not take.
     """
     from onnx import TensorProto
 
     if is_light(model):
         raise ExportError("BF16 is not made of a graph above 2 GB; take bf16 out of export.precisions")
-    wide = at_opset(model, OPSET_OF_BF16)
-    converted = fp16_from_fp32(wide, folder, [*KEPT_IN_BF16, *without_bf16(wide)])
+    with refusals_of_bf16():
+        wide = at_opset(model, OPSET_OF_BF16)
+        converted = fp16_from_fp32(wide, folder, [*KEPT_IN_BF16, *without_bf16(wide)])
     originals = {tensor.name: tensor for tensor in tensors_of(wide).values()}
     for name, tensor in tensors_of(converted).items():
         if tensor.data_type == TensorProto.FLOAT16:
@@ -83,6 +86,26 @@ def bf16_from_fp32(model: onnx.ModelProto, folder: Path = Path()) -> onnx.ModelP
             if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT16:
                 attribute.i = TensorProto.BFLOAT16
     return converted
+
+
+@contextmanager
+def refusals_of_bf16() -> Iterator[None]:
+    """Raises `ExportError` for what onnx raises inside, on the way to BF16."""
+    import onnx
+
+    try:
+        yield
+    except (
+        onnx.version_converter.ConvertError,
+        onnx.shape_inference.InferenceError,
+        onnx.checker.ValidationError,
+        onnx.defs.SchemaError,
+        RuntimeError,  # its converter's assertions
+    ) as error:
+        said = " ".join(str(error).split())
+        raise ExportError(
+            f"this network is not converted to BF16: {said}; take bf16 out of export.precisions"
+        ) from error
 
 
 CONVERTERS: Mapping[FloatPrecision, Callable[[onnx.ModelProto, Path], onnx.ModelProto]] = {
@@ -149,7 +172,7 @@ def rounded_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
     Products are summed in FP32 and rounded once, as tensor cores do. Names of tensors and nodes stay.
 
     Raises:
-        ExportError: the type of a result is not known.
+        ExportError: the type of a result is not known, or the graph is not valid.
     """
     import onnx
     from onnx import TensorProto
@@ -172,7 +195,8 @@ def rounded_in_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
     made = [copy.deepcopy(node) for node in nodes]
     del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(made)
-    onnx.checker.check_model(result)
+    with refusals_of_bf16():
+        onnx.checker.check_model(result)
     return result
 
 
@@ -192,5 +216,7 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     unknown = [name for node in model.graph.node for name in node.output if name and not types.get(name)]
     if unknown:
-        raise ExportError(f"the type of {unknown[0]} is not known, so its BF16 cannot be compared; go without bf16")
+        raise ExportError(
+            f"the type of {unknown[0]} is unknown: BF16 is not compared; take bf16 out of export.precisions"
+        )
     return types

@@ -98,9 +98,9 @@ class QuantizeConfig(StageConfig):
     )
     repairs: tuple[Repair, ...] = Field(
         default=("bias-correction",),
-        description="Static INT8 schemes of the backend onnxruntime, below 2 GB: smooth moves outlying channels from what "
-        "layer norms give into weights (SmoothQuant); bias-correction adds the mean error of every quantized node to its bias. Each is kept where it "
-        "lowers the error on calibration examples.",
+        description="Static INT8 schemes of the backend onnxruntime, below 2 GB: smooth moves outlying channels from "
+        "what layer norms give into weights (SmoothQuant); bias-correction adds the mean error of every quantized node "
+        "to its bias. Each is kept where it lowers the error on calibration examples.",
     )
     max_metric_drop: float = Field(
         default=0.01,

@@ -94,8 +94,22 @@ def test_a_result_of_unknown_type_is_an_error() -> None:
     model = network()
     model.graph.node[0].domain = "somebody.else"
     model.opset_import.append(helper.make_opsetid("somebody.else", 1))
-    with pytest.raises(ExportError, match="the type of a is not known"):
+    with pytest.raises(ExportError, match="the type of a is unknown"):
         types_of(model)
+
+
+@pytest.mark.parametrize("defect", ["operator", "input", "attribute"])
+def test_what_onnx_refuses_is_told_with_the_way_out(defect: str) -> None:
+    """Each is another exception of onnx: of its converter two, and of its checker."""
+    model, convert = network(), bf16_from_fp32 if defect != "attribute" else rounded_in_fp32
+    if defect == "operator":
+        model.graph.node[0].op_type = "Unheard"
+    elif defect == "input":
+        model.graph.node[0].input[0] = "nowhere"
+    else:
+        model.graph.node[0].attribute.append(helper.make_attribute("nonsense", 1))
+    with pytest.raises(ExportError, match=r"not converted to BF16: .*take bf16 out of export\.precisions"):
+        convert(model)
 
 
 @pytest.mark.parametrize("task", TASKS)
