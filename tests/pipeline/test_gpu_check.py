@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -74,6 +76,37 @@ def test_a_check_that_fails_leaves_the_others_to_run(
     assert last.status == "passed" and last.numbers == {"value": 1}
     assert "failed        one" in capsys.readouterr().out
     assert script.main(["--dry-run", "--only", "cuda provider"]) == 1
+    bench = bench_of(script, tmp_path)
+    bench.until = 0.0
+    assert [(one.status, one.message) for one in script.check_all(bench, names)] == [
+        ("not possible", script.OUT_OF_TIME)
+    ] * 3
+
+
+def test_training_that_diverges_is_a_failure_on_several_gpus_too(script: ModuleType, tmp_path: Path) -> None:
+    bench = bench_of(script, tmp_path)
+    bench.pipeline = lambda *_, **__: None
+    gate = {"name": "not below its linear probe", "verdict": "fail"}
+    bench.manifest = lambda run, stage: {"gates": [gate], "duration_s": 1.0}
+    assert script.several_gpus(bench)["gates_failed"] == [gate["name"]]
+    gate["name"] = "training stays finite"
+    with pytest.raises(script.CheckFailed, match="diverged"):
+        script.several_gpus(bench)
+
+
+def test_int8_is_compared_with_fp16_on_the_provider(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    times = (("fp16", "cuda", 3.0), ("int8", "cuda", 2.0), ("fp16", "cpu", 7.0), ("int8", "cpu", 1.0))
+    runs = [dict(zip(("precision", "provider", "latency_ms_p50"), one, strict=True)) for one in times]
+    monkeypatch.setattr(script, "on_provider", lambda *_: {"runs": runs})
+    bench = bench_of(script, tmp_path, Gpu("a GPU", "8.6", 10**9))
+    bench.pipeline = lambda *_, **__: None
+    numbers = script.int8_on_gpu(bench)
+    assert numbers["times_as_fast_as_fp16"] == 1.5
+    said = script.line_of(script.Result("int8 on the gpu", "passed", numbers={"times_as_fast_as_fp16": 1.5}))
+    assert "INT8 is 1.50× as fast as FP16" in said
 
 
 def test_a_gate_that_fails_is_a_failed_check_that_keeps_its_numbers(script: ModuleType, tmp_path: Path) -> None:
@@ -117,11 +150,11 @@ def test_the_pipeline_is_started_as_a_user_does(monkeypatch: pytest.MonkeyPatch)
     spec.loader.exec_module(module)
     seen: dict[str, Any] = {}
 
-    def started(command: list[str], **options: Any) -> SimpleNamespace:
-        seen.update(options, command=command)
-        return SimpleNamespace(returncode=3, stdout="out", stderr="one\nerror: no provider\n")
+    def started(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int, str, str]:
+        seen.update(command=command, timeout=seconds)
+        return 3, "out", "one\nerror: no provider\n"
 
-    monkeypatch.setattr(module.subprocess, "run", started)
+    monkeypatch.setattr(module, "run_group", started)
     assert module.start(["validate", "--quiet"], 9.0) == (3, "one\nerror: no provider\n")
     assert Path(seen["command"][0]).is_file() and seen["timeout"] == 9.0
     bench = module.Bench(Path(), Path("recipe.yaml"), ["a.b=1"], False, None, 1)
@@ -133,3 +166,44 @@ def test_the_pipeline_is_started_as_a_user_does(monkeypatch: pytest.MonkeyPatch)
     command = " ".join(seen["command"])
     assert "validate -c recipe.yaml --run-dir run --quiet --set device=cuda" in command
     assert command.endswith("--set a.b=1 --set c.d=2")
+    monkeypatch.setattr(module, "run_group", lambda *_: (module.NOT_ENDED, "", ""))
+    with pytest.raises(module.NotPossible, match="out of time"):  # it was cut short, and shows nothing
+        bench.pipeline("run", "validate")
+    bench.until = 1e12
+    with pytest.raises(module.CheckFailed, match="it did not end in 240 s"):
+        bench.pipeline("run", "validate")
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_what_does_not_end_is_ended_with_all_that_it_started(
+    deaf: bool, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that leaves a file on Ctrl-C, or listens to nothing; and a child that never listens."""
+    monkeypatch.setattr(script, "SECONDS_TO_END", 0.5)
+    child = "import signal, time; [signal.signal(one, signal.SIG_IGN) for one in (2, 15)]; time.sleep(60)"
+    program = f"""
+import pathlib, signal, subprocess, sys, time
+if {deaf}:
+    [signal.signal(one, signal.SIG_IGN) for one in (2, 15)]
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+pathlib.Path("pid").write_text(str(child.pid))
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path("asked").touch()
+"""
+    monkeypatch.chdir(tmp_path)
+    assert script.run_group([sys.executable, "-c", program], 3.0, os.environ) == (script.NOT_ENDED, "", "")
+    assert Path("asked").exists() is not deaf
+    assert is_gone(int(Path("pid").read_text()))
+    assert script.run_group([sys.executable, "-c", "print(1)"], 30.0, os.environ) == (0, "1\n", "")
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within five seconds; one that nobody waits for has ended too."""
+    for _ in range(50):
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
