@@ -46,7 +46,7 @@ from stages.validate.config import GatesConfig, ValidateConfig
 from stages.validate.engine_runs import engine_run_gates, run_engines
 from stages.validate.engines import add_receipts, choose_engines, engine_gates, measured_engines
 from stages.validate.further import add_further, planned_samples
-from stages.validate.gates import Scene, check, choice_gates, over_limits, settled
+from stages.validate.gates import Scene, check, choice_gates, limit_results, over_limits, settled
 from stages.validate.leaks import FITTED, leak_gate
 from stages.validate.noise import NoiseFloor, noise_floor
 from stages.validate.notes import REFERENCE, notes_of
@@ -166,13 +166,14 @@ class Validate:
         gates += engine_run_gates(ran, engines, checked)
         tested = self_test_of(context, config, checkpoint, candidates, scene, outputs[REFERENCE], targets)
         gates += self_test_gates(tested, config.gates.min_mutation_score)
+        judged = [*gates, *(one for entry in entries for one in limit_results(entry, config, disturbed))]
         evidence |= {
             "self_test": tested,
             "drift": drift_of(context, config, checkpoint, candidates, scene, outputs, targets, evidence),
             "objective": config.objective,
             "chosen": chosen,
             "confusion": confusion(chosen, outputs, context, checkpoint),
-            "waivers": waiver_notes(config.waivers, gates, {entry["name"]: entry["digest"] for entry in entries}),
+            "waivers": waiver_notes(config.waivers, judged, {one["name"]: one["digest"] for one in [*entries, *runs, *ran]}),
         }
         write_json(context.output / EVIDENCE, evidence | {"gates": [gate.to_dict() for gate in gates]})
         return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))

@@ -52,6 +52,11 @@ class WaiverConfig(StageConfig):
         return f"{self.gate} of {self.subject}"
 
     @property
+    def words(self) -> str:
+        """Who, until when and why, as a waived gate says it."""
+        return f"by {self.owner} until {self.expires}: {self.reason}"
+
+    @property
     def expired(self) -> bool:
         """Whether its last day is over."""
         return today() > self.expires
@@ -70,28 +75,33 @@ def waived(result: GateResult, waivers: Sequence[WaiverConfig], digest: str | No
     for waiver in waivers:
         same = (waiver.gate, waiver.subject, waiver.digest) == (result.name, result.subject, digest)
         if same and not waiver.expired:
-            return replace(result, waived=f"by {waiver.owner} until {waiver.expires}: {waiver.reason}")
+            return replace(result, waived=waiver.words)
     return result
 
 
 def waiver_notes(
     waivers: Sequence[WaiverConfig], results: Sequence[GateResult], digests: Mapping[str, str | None]
 ) -> list[str]:
-    """What became of each waiver. `digests`: candidate → digest of what was measured."""
+    """What became of each waiver. `results` are all gates and limits that were checked, those of candidates that are not
+    chosen too; `digests`: each that was measured, as its gates name it → digest."""
     notes = []
     for waiver in waivers:
-        gate = next((one for one in results if (one.name, one.subject) == (waiver.gate, waiver.subject)), None)
+        about = [one for one in results if (one.name, one.subject) == (waiver.gate, waiver.subject)]
+        gate = next((one for one in about if one.waived), about[0] if about else None)
+        measured = digests.get(waiver.subject.partition(", ")[0])
         if waiver.expired:
             found = f"expired on {waiver.expires} and does nothing"
         elif gate is None:
             found = "is about nothing that was checked, and does nothing"
-        elif waiver.digest != (measured := digests.get(waiver.subject.partition(", ")[0])):
+        elif gate.waived == waiver.words and measured in (None, waiver.digest):
+            found = f"lets it through ({waiver.owner}, until {waiver.expires}): {waiver.reason}"
+        elif waiver.digest != measured:
             found = f"is for other bytes ({waiver.digest[:12]}…) than were measured ({measured}), and does nothing"
         elif gate.verdict == "pass":
             found = "is not needed: the gate passed"
-        elif not gate.waived:
-            found = "does nothing: there is no evidence, and that cannot be waived"
+        elif gate.waived:
+            found = "is not needed: another one lets it through"
         else:
-            found = f"lets it through ({waiver.owner}, until {waiver.expires}): {waiver.reason}"
+            found = "does nothing: there is no evidence, and that cannot be waived"
         notes.append(f"waiver for {waiver.title} {found}")
     return notes

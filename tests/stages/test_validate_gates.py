@@ -174,6 +174,19 @@ def test_a_waiver_holds_for_one_gate_of_the_same_bytes_until_its_day(
     assert note in said
 
 
+def test_a_waiver_of_a_run_elsewhere_and_of_a_limit_is_said_to_hold() -> None:
+    elsewhere, limit = waiver(subject="x on cuda"), waiver(gate="p95 latency")
+    config = ValidateConfig(waivers=(elsewhere, limit), gates=GatesConfig(max_latency_ms=1.5))
+    results = settled(check(entry(name="x on cuda", agreement=0.5), config, SCENE), config, DIGEST)
+    slow = entry(digest=DIGEST)
+    assert over_limits(slow, config) == []
+    said = waiver_notes(config.waivers, [*results, *limit_results(slow, config, False)], {"x on cuda": DIGEST})
+    assert [" lets it through (Ada" in line for line in said] == [True, True]
+    other = waiver(subject="x on cuda", digest="e" * 64)
+    (line,) = waiver_notes((other,), results, {"x on cuda": DIGEST})
+    assert "is for other bytes" in line
+
+
 def test_the_last_day_counts_and_the_next_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     one, failed = waiver(), GateResult("agreement", "x", "fail", 0.5, "at least", 0.9, "", "")
     config = ValidateConfig(waivers=(one,))
@@ -383,12 +396,17 @@ def test_a_run_of_the_stage_has_all_of_it(tmp_path: Path) -> None:
         Example(one.content, one.label, one.digest, one.origin, (("site", "ab"[index % 2]),))
         for index, one in enumerate(test_split("image-classification"))
     )
+    floats = made()["export"].manifest["files"]
+    memory = [  # of both: one of them at least is not chosen
+        waiver(gate="peak memory", subject=name, digest=floats[f"{name}.onnx"]).model_dump()
+        for name in ("onnx-fp32", "onnx-fp16")
+    ]
     config = ValidateConfig.model_validate(
         {
             "latency_calls": 20,
             "slices": ["site"],
             "critical_slices": {f"label={LABELS[0]}": 0.3},
-            "waivers": [waiver(gate="SQNR", subject="onnx-changed", digest=digest).model_dump()],
+            "waivers": [waiver(gate="SQNR", subject="onnx-changed", digest=digest).model_dump(), *memory],
             "gates": {
                 "min_samples": 24,
                 "max_metric_drop": 0.1,
@@ -414,4 +432,5 @@ def test_a_run_of_the_stage_has_all_of_it(tmp_path: Path) -> None:
     floor = evidence["noise_floor"]
     assert floor["samples"] == 32 and 0 < floor["largest"] < 1e-4 and floor["fp64"] > 0
     assert any("waiver for SQNR of onnx-changed lets it through" in note for note in result.notes)
+    assert sum("is not needed: the gate passed" in note for note in evidence["waivers"]) == 2
     assert any(note.startswith("to prove that a drop is at most 0.1 takes about") for note in result.notes)
