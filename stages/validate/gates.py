@@ -59,7 +59,8 @@ def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[G
         margin, rule = gates.max_robustness_drop, gates.metric_drop
         results.append(robustness_gate(name, entry["robustness"], margin, scene.metric, rule))
     if entry["slices"] is not None:
-        results += slice_gates(name, entry["slices"], gates.max_slice_drop, scene.metric, bool(config.slices))
+        asked = bool(config.slices or config.critical_slices)
+        results += slice_gates(name, entry["slices"], gates.max_slice_drop, scene.metric, asked)
     return results
 
 

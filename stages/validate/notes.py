@@ -10,6 +10,7 @@ from stages.validate.engines import engine_notes
 from stages.validate.further import plan_in_words
 from stages.validate.robustness import robustness_notes
 from stages.validate.self_test import self_test_notes
+from stages.validate.slices import slice_notes
 
 REFERENCE = "pytorch"
 
@@ -37,6 +38,7 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
         lines += [f"{entry['name']} is left out: {reason}" for reason in entry.get("over_limits", ())]
         if entry.get("not_worth_it"):
             lines.append(f"{entry['name']} does not earn its place here: {'; '.join(entry['not_worth_it'].values())}")
+    lines += slice_notes(evidence["candidates"])
     if evidence["disturbed"]:
         lines.append(
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "

@@ -84,20 +84,30 @@ def slice_gates(
     name: str, table: Mapping[str, Any], margin: float | None, metric: str, asked: bool
 ) -> list[GateResult]:
     """One gate for the worst of all slices, where there is a margin for all, and one for each critical slice. `asked`:
-    the configuration names columns, so that no slice of enough samples is no evidence."""
+    the configuration names slices, so that none of enough samples leaves it open, and none at all is no evidence."""
     unit = "" if margin is None else f"adjusted p that no slice loses more than {margin:.6g}"
     gate = Gate("slice drop", "at least", ALPHA, unit)
     worst = next((one for one in table["slices"] if not one["critical"]), None)
-    small = f"{table['too_small']} more have too few samples" if table["too_small"] else ""
+    small = f"{table['too_small']} have too few samples" if table["too_small"] else ""
     results = []
     if margin is not None and worst:
         found = f"the worst of {table['judged']} slices, {worst['name']}, loses {worst['drop']:.4f} {metric}"
         detail = "; ".join(part for part in (found, small) if part)
         results.append(gate.check(name, worst["adjusted_p"], worst["samples"], detail))
-    elif margin is not None and asked:
-        results.append(gate.check(name, None, detail=small))
+    elif margin is not None and asked and small:
+        results.append(gate.result(name, "inconclusive", None, "no slice has enough samples", small))
+    elif margin is not None and asked and not table["slices"]:
+        results.append(gate.check(name, None))
     for one in (one for one in table["slices"] if one["critical"]):
         interval = tuple(one["interval"]) if one["interval"] else None
         own = Gate("slice drop", "at most", one["margin"], metric)
         results.append(own.check_interval(f"{name}, {one['name']}", one["drop"], interval, one["samples"]))
     return results
+
+
+def slice_notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That no slice was judged, where the split has some and all are too small: the same of every candidate."""
+    table = next((entry["slices"] for entry in entries if entry["slices"]), None)
+    if table is None or table["judged"] or not table["too_small"]:
+        return []
+    return [f"no slice was judged: {table['too_small']} have fewer samples than validate.gates.min_slice_samples"]

@@ -23,7 +23,7 @@ from stages.validate.config import GatesConfig
 from stages.validate.further import plan_in_words, planned_samples
 from stages.validate.gates import Scene, check, choice_gates, limit_results, over_limits, settled
 from stages.validate.noise import NoiseFloor
-from stages.validate.slices import slice_gates, slice_table, slices_of
+from stages.validate.slices import slice_gates, slice_notes, slice_table, slices_of
 from stages.validate.waivers import WaiverConfig, waived, waiver_notes
 from tests.stages.chain import LABELS, SAMPLES, context_of, made, test_split, with_candidate
 from tests.stages.test_validate import HEAD, SCENE, edit_weight, entry
@@ -251,12 +251,20 @@ def test_a_critical_slice_must_be_proven(lost: int, margin: float, verdict: str)
     assert [one.verdict for one in alone] == [verdict]  # held also where the others are not
 
 
-def test_a_critical_slice_that_is_not_there_and_columns_of_small_slices_are_no_evidence() -> None:
+def test_a_critical_slice_that_is_not_there_is_no_evidence_and_small_slices_leave_it_open() -> None:
     missing = slice_gates("x", sliced(0, 100, 100, critical={"label=gone": 0.1}), 0.05, "accuracy", asked=False)
     assert {one.subject: one.verdict for one in missing} == {"x": "pass", "x, label=gone": "error"}
     small = sliced(0, 20, 20)
     assert slice_gates("x", small, 0.05, "accuracy", asked=False) == []
-    assert [one.verdict for one in slice_gates("x", small, 0.05, "accuracy", asked=True)] == ["error"]
+    (note,) = slice_notes([{"slices": None}, {"slices": small}])
+    assert "11 have fewer samples" in note and slice_notes([{"slices": sliced(0, 100, 20)}]) == []
+    for named in ({"slices": ("site",)}, {"critical_slices": {"label=bad": 0.5}}):
+        table = sliced(0, 20, 20, critical=named.get("critical_slices", {}))
+        found = check(entry(slices=table), ValidateConfig.model_validate(named), SCENE)
+        (gate,) = [one for one in found if one.name == "slice drop" and one.subject == "x"]
+        assert gate.verdict == "inconclusive" and "have too few samples" in gate.message
+    nothing = {"judged": 0, "too_small": 0, "slices": []}
+    assert [one.verdict for one in slice_gates("x", nothing, 0.05, "accuracy", asked=True)] == ["error"]
 
 
 def test_slices_are_classes_and_values_of_columns() -> None:
