@@ -14,9 +14,11 @@ def not_worth_it(entry: dict[str, Any], entries: list[dict[str, Any]]) -> dict[s
     """Objective → why a candidate of fewer bits is no better at it than one in floating point that may ship too.
 
     Faster is what the paired turns show, not what two medians happen to say: a tie goes to floating point, which is
-    nearer to the reference. Empty for floating point itself, and where none of it may ship.
+    nearer to the reference. Empty for floating point itself, and where none of it may ship. What is excused takes no
+    place from what is proven.
     """
     floats = [one for one in entries if one["precision"] in FLOATS and one["passed"] and not one["over_limits"]]
+    floats = [one for one in floats if entry["excused"] or not one["excused"]]
     if entry["precision"] in FLOATS or not floats or not entry["turns_ms"]:
         return {}
     found = {}
@@ -38,11 +40,14 @@ def choose(entries: list[dict[str, Any]], objective: str) -> str | None:
 
 
 def ranked(entries: list[dict[str, Any]], objective: str) -> list[str]:
-    """The names of those that passed and keep the limits, the best first; of equals the faster, then the smaller."""
+    """The names of those that passed and keep the limits, the best first; of equals the faster, then the smaller.
+
+    What is proven comes before what somebody excuses (a gate that is waived or let through), however good that is.
+    """
     sign = -1 if objective == "accuracy" else 1
     eligible = [entry for entry in entries if entry["passed"] and not entry["over_limits"]]
 
-    def rank(entry: dict[str, Any]) -> tuple[float, float, float]:
-        return sign * entry[OBJECTIVES[objective]], entry["latency_ms_p50"], entry["size_bytes"]
+    def rank(entry: dict[str, Any]) -> tuple[bool, float, float, float]:
+        return bool(entry["excused"]), sign * entry[OBJECTIVES[objective]], entry["latency_ms_p50"], entry["size_bytes"]
 
     return [str(entry["name"]) for entry in sorted(eligible, key=rank)]

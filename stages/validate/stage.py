@@ -143,8 +143,9 @@ class Validate:
         for entry in entries:
             results = checked(entry) + gates_elsewhere(entry["name"], runs, checked)
             entry["passed"] = not any(result.stops for result in results)
-            entry["excused"] = [result.name for result in results if not result.passed and not result.stops]
             entry["over_limits"] = over_limits(entry, config, disturbed)
+            judged = [*results, *limit_results(entry, config, disturbed)]
+            entry["excused"] = [result.name for result in judged if not result.passed and not result.stops]
             gates += results
         for entry in entries:
             entry["not_worth_it"] = not_worth_it(entry, entries)

@@ -225,6 +225,7 @@ def entry(name: str = "x", **numbers: object) -> dict[str, object]:
         "flip_rate": 0.003, "flip_rate_interval": [0.001, 0.008], "ece_increase": 0.01,
         "ece_increase_interval": [0.0, 0.02], "nll_increase": 0.01, "nll_increase_interval": [0.0, 0.02],
         "further_drops": {}, "slices": None, "digest": "d" * 64, "over_limits": [], "not_worth_it": {},
+        "excused": [],
     }  # fmt: skip
     return good | numbers
 
@@ -344,6 +345,13 @@ def test_the_objective_chooses_among_those_that_passed() -> None:
 
 def test_of_equally_accurate_ones_the_faster_is_chosen() -> None:
     assert choose([entry("slow", latency_ms_p50=2.0), entry("fast")], "accuracy") == "fast"
+
+
+def test_what_is_proven_ships_before_what_is_excused() -> None:
+    fast = entry("fast", precision="fp16", latency_ms_p50=0.5, turns_ms=[0.5] * 10, excused=["agreement"])
+    proven = entry("proven", latency_ms_p50=0.9, turns_ms=[0.9] * 10, size_bytes=120)
+    assert not_worth_it(proven, [fast, proven]) == {} != not_worth_it(proven | {"excused": ["SQNR"]}, [fast, proven])
+    assert choose([fast, proven], "latency") == "proven" and choose([fast], "latency") == "fast"
 
 
 def test_fewer_bits_must_earn_their_place() -> None:
