@@ -132,6 +132,18 @@ def test_limits_on_a_busy_machine_are_open_where_that_matters(
     assert verdicts(limit_results(entry(), gates(**limits), disturbed)) == found
 
 
+def test_a_busy_machine_excuses_nothing() -> None:
+    """A best turn above the limit is above it without the others too, and what is doubted is never let through."""
+    slow = entry(turns_ms=[1.6, 1.9])
+    assert verdicts(limit_results(slow, gates(max_latency_ms=1.5), True)) == {"p95 latency": "fail"}
+    assert verdicts(limit_results(slow, gates(max_latency_ms=1.7), True)) == {"p95 latency": "inconclusive"}
+    lenient = ValidateConfig(on_inconclusive="pass", gates=GatesConfig(max_latency_ms=1.7, min_speedup=1.5))
+    latency, speed = limit_results(slow, lenient, True)
+    assert latency.stops and speed.stops and len(over_limits(slow, lenient, True)) == 2
+    excused = lenient.model_copy(update={"waivers": (waiver(gate="p95 latency"), waiver(gate="speed-up"))})
+    assert over_limits(slow, excused, True) == []
+
+
 def test_no_candidate_known_to_keep_the_limits_is_inconclusive_and_none_that_keeps_them_fails() -> None:
     for speedup, verdict in ((2.0, "inconclusive"), (3.0, "fail")):
         config, slow = gates(min_speedup=speedup), entry()
