@@ -143,8 +143,8 @@ def limit_results(entry: dict[str, Any], config: ValidateConfig, disturbed: bool
 def doubted(result: GateResult, entry: Mapping[str, Any]) -> GateResult:
     """A time of a busy machine is inconclusive where that may have changed the verdict.
 
-    Others only make a runtime slower: a latency inside the limit stays inside, and one stays above it whose best turn is
-    above. Which of two runtimes they slowed more is not known. `on_inconclusive` lets nothing of this through: to
+    Others only make a runtime slower: a latency inside the limit stays inside, and one stays above it whose best turn
+    is above. Which of two runtimes they slowed more is not known. `on_inconclusive` lets nothing of this through: to
     measure on a busy machine would be a way around the limits.
     """
     if result.verdict == "error" or result.name not in ("p95 latency", "speed-up"):

@@ -168,13 +168,14 @@ class Validate:
         tested = self_test_of(context, config, checkpoint, candidates, scene, outputs[REFERENCE], targets)
         gates += self_test_gates(tested, config.gates.min_mutation_score)
         judged = [*gates, *(one for entry in entries for one in limit_results(entry, config, disturbed))]
+        digests = {one["name"]: one["digest"] for one in [*entries, *runs, *ran]}
         evidence |= {
             "self_test": tested,
             "drift": drift_of(context, config, checkpoint, candidates, scene, outputs, targets, evidence),
             "objective": config.objective,
             "chosen": chosen,
             "confusion": confusion(chosen, outputs, context, checkpoint),
-            "waivers": waiver_notes(config.waivers, judged, {one["name"]: one["digest"] for one in [*entries, *runs, *ran]}),
+            "waivers": waiver_notes(config.waivers, judged, digests),
         }
         write_json(context.output / EVIDENCE, evidence | {"gates": [gate.to_dict() for gate in gates]})
         return StageResult(tuple(gates), evidence, tuple(notes_of(evidence)))

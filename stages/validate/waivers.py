@@ -82,8 +82,8 @@ def waived(result: GateResult, waivers: Sequence[WaiverConfig], digest: str | No
 def waiver_notes(
     waivers: Sequence[WaiverConfig], results: Sequence[GateResult], digests: Mapping[str, str | None]
 ) -> list[str]:
-    """What became of each waiver. `results` are all gates and limits that were checked, those of candidates that are not
-    chosen too; `digests`: each that was measured, as its gates name it → digest."""
+    """What became of each waiver. `results` are all gates and limits that were checked, those of candidates that are
+    not chosen too; `digests`: each that was measured, as its gates name it → digest."""
     notes = []
     for waiver in waivers:
         about = [one for one in results if (one.name, one.subject) == (waiver.gate, waiver.subject)]

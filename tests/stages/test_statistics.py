@@ -129,10 +129,11 @@ def test_a_few_small_losses_prove_nothing() -> None:
 
 
 def test_a_few_losses_are_worth_flips_of_the_largest() -> None:
-    """Twelve halves lost and two gained of 300: half of Tango's interval of twelve and two; tiny gains make up for none."""
+    """Twelve halves lost and two gained of 300: half of Tango's interval; tiny gains make up for none."""
     wanted = np.full(300, 0.5)
     found = wanted + np.array([-0.5] * 12 + [0.5] * 2 + [0.0] * 286)
-    assert paired_interval(found, wanted, 0.90) == pytest.approx([0.5 * one for one in tango_interval(2, 12, 300, 0.90)])
+    flips = tango_interval(2, 12, 300, 0.90)
+    assert paired_interval(found, wanted, 0.90) == pytest.approx([0.5 * bound for bound in flips])
     low = paired_interval(found, wanted, 0.90)[0]
     assert drop_p_value(found, wanted, -paired_interval(found, wanted, 0.90)[1]) == pytest.approx(0.05, abs=1e-4)
     found[14:24] += 0.001

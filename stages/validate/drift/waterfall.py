@@ -189,7 +189,8 @@ def explain(
     first = next((step for step in way if red[step]), None)
     found: dict[str, Any] = {"candidate": name, "step": first, "gates": red.get(first or "", []), "layer": None}
     if first is None:
-        return found | {"reason": f"on these {len(setup.indices)} samples no step is refused: the gates saw it on more, or leave it open"}
+        none = f"on these {len(setup.indices)} samples no step is refused"
+        return found | {"reason": f"{none}: the gates saw it on more, or leave it open"}
     before = parents[first]
     if before is None:
         return found | {"reason": f"there is nothing to compare with: {outputs[first].problem or 'no evidence'}"}
