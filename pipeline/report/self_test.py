@@ -17,12 +17,16 @@ WORDS = {
     "equivalent": ("no effect", "plain"),
     "not applicable": ("does not apply", "plain"),
 }
+OUTSIDE_WORDS = {"caught": ("✓ would be seen", "pass"), "escaped": ("✗ would not be seen", "plain")}
+OUTSIDE = ("preprocessing", "samples")
+"""Where a defect stands for a device that prepares its inputs otherwise; no candidate differs there."""
 CONTROL_WORDS = {"caught": ("✗ false alarm", "fail"), "escaped": ("✓ passes", "pass")}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One defect, or a control. `by` says which gates were red, by precision, in words."""
+    """One defect, or a control. `by` says which gates were red, by precision, in words; `outside`: it is none of a
+    candidate, see `OUTSIDE`."""
 
     name: str
     what: str
@@ -30,6 +34,13 @@ class Row:
     by: str
     error: float | None
     agreement: float | None
+    outside: bool
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """The verdict on a defect in words, and the kind of its chip."""
+        words = WORDS | OUTSIDE_WORDS if self.outside else WORDS
+        return words.get(self.status, (self.status, "plain"))
 
 
 def found(facts: Facts) -> dict[str, Any]:
@@ -38,10 +49,10 @@ def found(facts: Facts) -> dict[str, Any]:
 
 
 def rows_of(entries: object) -> list[Row]:
-    """Those that apply, what was not caught first."""
+    """What was not caught first, and what is outside the candidates last."""
     order = ("escaped", "caught", "equivalent", "not applicable")
     rows = [row_of(one) for one in records(entries)]
-    return sorted(rows, key=lambda row: order.index(row.status) if row.status in order else len(order))
+    return sorted(rows, key=lambda row: (row.outside, order.index(row.status) if row.status in order else len(order)))
 
 
 def row_of(entry: dict[str, Any]) -> Row:
@@ -63,6 +74,7 @@ def row_of(entry: dict[str, Any]) -> Row:
         reason or "; ".join(said),
         number(numbers.get("relative_error")),
         number(numbers.get("agreement")),
+        entry.get("place") in OUTSIDE,
     )
 
 
@@ -78,6 +90,10 @@ def summary(facts: Facts) -> str:
         one = [number(count) for count in sequence(counts)]
         if len(one) == 2:
             parts.append(f"as {name} {format_number(one[0])} of {format_number(one[1])}")
+    outside = [number(count) for count in sequence(test.get("outside"))]
+    if len(outside) == 2 and outside[1]:
+        seen, differ = map(format_number, outside)
+        parts.append(f"{seen} of {differ} would be seen if a device prepared its inputs otherwise")
     red = f"{alarms:.0f} of {len(controls)} unchanged controls red"
     seconds = format_duration(number(test.get("seconds")))
     return f"{', '.join(parts)}; {red}; on {test.get('samples')} samples, in {seconds}"
@@ -91,11 +107,14 @@ def self_test_section(facts: Facts) -> Html:
     hint = (
         "Known defects, put into this model, its graph and its preprocessing, and judged by the configured gates as a "
         "candidate would be. One is caught where it is seen in every precision that there is a candidate of; one that "
-        "moves no output is not counted."
+        "moves no output is not counted. Nor are those of preprocessing and samples, which all candidates share "
+        "here. They stand for a device that prepares its inputs otherwise, and say whether the gates would see it."
     )
     heads = ("Defect", "", "Error, of the range", "Agreement", "Gates")
-    defects = [table_row(row, WORDS) for row in rows_of(test.get("defects"))]
-    controls = [table_row(row, CONTROL_WORDS) for row in rows_of(test.get("controls"))]
+    defects = [table_row(row, row.verdict) for row in rows_of(test.get("defects"))]
+    controls = [
+        table_row(row, CONTROL_WORDS.get(row.status, (row.status, "plain"))) for row in rows_of(test.get("controls"))
+    ]
     parts = [element("p", f"{summary(facts)}.", class_="lead"), element("p", hint, class_="hint")]
     if defects:
         parts.append(table("Injected defects", heads, defects, numeric=(2, 3)))
@@ -105,23 +124,23 @@ def self_test_section(facts: Facts) -> Html:
     return join(parts)
 
 
-def table_row(row: Row, words: dict[str, tuple[str, str]]) -> Html:
-    """One row of the page."""
+def table_row(row: Row, verdict: tuple[str, str]) -> Html:
+    """One row of the page, with its verdict in words and the kind of its chip."""
     return element(
         "tr",
         element("th", shorten(row.name, 60), element("div", shorten(row.what, 120), class_="sub"), scope="row"),
-        element("td", chip(*words.get(row.status, (row.status, "plain")))),
+        element("td", chip(*verdict)),
         element("td", format_number(row.error), class_="number"),
         element("td", format_percent(row.agreement), class_="number"),
         element("td", shorten(row.by, 300), class_="message"),
-        class_="bad" if words.get(row.status, ("", ""))[1] == "fail" else None,
+        class_="bad" if verdict[1] == "fail" else None,
     )
 
 
 def markdown_cells(facts: Facts) -> Sequence[Sequence[str]]:
-    """(defect, verdict, gates) for each that was counted, not escaped for any place."""
+    """(defect, verdict, gates) for each that has an effect, not escaped for any place."""
     return [
-        (row.name, WORDS[row.status][0], row.by)
+        (row.name, row.verdict[0], row.by)
         for row in rows_of(found(facts).get("defects"))
         if row.status in ("escaped", "caught")
     ]

@@ -158,7 +158,7 @@ class GatesConfig(StageConfig):
         ge=0,
         le=1,
         description="Smallest share of the self-test's defects that these gates must catch (ratio). Then no control "
-        "may be red. Asks for the self-test.",
+        "may be red. Those of the preprocessing, which candidates share, are not among them. Asks for the self-test.",
     )
     engines: EngineRule = Field(
         default="require-receipt",

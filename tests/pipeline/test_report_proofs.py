@@ -33,10 +33,11 @@ def proven_run(name: str = "BGR") -> dict[str, Any]:
     (validate,) = [one for one in run["stages"] if one["name"] == "validate"]
     validate["measurements"]["self_test"] = {
         "problem": "", "samples": 256, "caught": 1, "counted": 2, "score": 0.5, "false_alarms": 0, "seconds": 12.0,
-        "by_precision": {"fp32": [2, 2], "int8": [1, 2]},
+        "by_precision": {"fp32": [2, 2], "int8": [1, 2]}, "outside": [0, 1],
         "defects": [
             defect("outputs halved", "caught", {"fp32": ["SQNR"], "int8": ["SQNR"]}),
             defect(name, "escaped", {"fp32": ["output error"], "int8": []}),
+            defect("nearest resize", "escaped", {"fp32": [], "int8": []}) | {"place": "preprocessing"},
             defect("wrong sample rate", "not applicable", {}, "there is no audio"),
         ],
         "controls": [defect("written anew", "escaped", {"fp32": [], "int8": []})],
@@ -65,7 +66,9 @@ def proven_run(name: str = "BGR") -> dict[str, Any]:
 def test_what_was_not_caught_comes_first_with_the_precision_it_hides_in() -> None:
     page = render_html(proven_run())
     table = page[page.index('id="self-test"') :]
-    assert table.index("BGR") < table.index("outputs halved") < table.index("wrong sample rate")
+    places = [table.index(name) for name in ("BGR", "outputs halved", "wrong sample rate", "nearest resize")]
+    assert places == sorted(places) and "would not be seen" in table[places[-1] :]
+    assert "0 of 1 would be seen if a device prepared its inputs otherwise" in table
     assert "as fp32 by output error; not as int8" in table
     assert "1 of 2 injected defects caught (50.0%), as fp32 2 of 2, as int8 1 of 2" in table
     assert "0 of 1 unchanged controls red" in table and "there is no audio" in table

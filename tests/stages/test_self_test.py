@@ -84,7 +84,11 @@ def test_twelve_kinds_at_least_are_put_into_every_modality_and_no_control_is_red
     assert len(applied) >= 12
     assert [one["status"] for one in found["controls"]] == ["escaped"] * len(CONTROLS)
     assert found["false_alarms"] == 0
-    assert found["counted"] == sum(one["status"] in ("caught", "escaped") for one in found["defects"])
+    effective = [one for one in found["defects"] if one["status"] in ("caught", "escaped")]
+    outside = [one for one in effective if one["place"] in ("preprocessing", "samples")]
+    assert found["counted"] == len(effective) - len(outside) > 0
+    assert found["outside"] == [sum(one["status"] == "caught" for one in outside), len(outside)] and outside
+    assert found["caught"] == sum(one["status"] == "caught" for one in effective if one not in outside)
     assert found["score"] == found["caught"] / found["counted"]
     assert 0 <= found["noise"] < 1e-4
     json.dumps(found, allow_nan=False)
@@ -169,8 +173,10 @@ def test_gates_that_see_nothing_catch_only_what_cannot_be_compared() -> None:
     assert caught <= {"NaN in an output", "missing output", "static batch", "FP16 overflow"}
     assert found["score"] < found_on("image-classification")["score"]
     (score, alarms) = self_test_gates(found, 0.9)
-    assert not score.passed and alarms.passed and "BGR" in score.message
-    assert any("not caught" in line and "BGR" in line for line in self_test_notes(found))
+    assert not score.passed and alarms.passed
+    assert "dead channel" in score.message and "BGR" not in score.message  # no candidate is BGR
+    assert any("not caught" in line and "dead channel" in line for line in self_test_notes(found))
+    assert any("would not be seen" in line and "BGR" in line for line in self_test_notes(found))
 
 
 def test_a_gate_that_is_red_for_everything_gets_no_credit() -> None:

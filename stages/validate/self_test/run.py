@@ -16,6 +16,7 @@ from stages.gate import Gate, GateResult
 from stages.validate.gates import settled
 from stages.validate.judge import Judge
 from stages.validate.metrics import Outputs, collect_outputs
+from stages.validate.self_test.subject import OUTSIDE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,8 @@ def run_self_test(setup: SelfTest, judge: Judge, collect: Collect | None = None)
     a mutant, `outputs_of` where none is named.
 
     A defect is caught where a gate stops it in every precision it is judged as: one that the configuration lets through
-    does not. A gate that says the same of a control is not counted. One that moves no output by more than the controls do is equivalent, and not counted either.
+    does not. A gate that says the same of a control is not counted. One that moves no output by more than the controls
+    do is equivalent, and not counted either. What is defective outside the candidates (`OUTSIDE`) is counted apart.
 
     Raises:
         RuntimeInferenceError: the unchanged graph does not run.
@@ -79,7 +81,9 @@ def run_self_test(setup: SelfTest, judge: Judge, collect: Collect | None = None)
         tested(one, subject, setup, judge, collect, whole, noise, red, f"self-test {place}/{len(DEFECTS)}: {one.name}")
         for place, one in enumerate(DEFECTS, 1)
     ]
-    counted = [one for one in rows if one["status"] in COUNTED]
+    applied = [one for one in rows if one["status"] in COUNTED]
+    outside = [one["status"] == "caught" for one in applied if one["place"] in OUTSIDE]
+    counted = [one for one in applied if one["place"] not in OUTSIDE]
     caught = sum(one["status"] == "caught" for one in counted)
     return {
         "problem": "",
@@ -90,6 +94,7 @@ def run_self_test(setup: SelfTest, judge: Judge, collect: Collect | None = None)
         "noise": noise,
         "caught": caught,
         "counted": len(counted),
+        "outside": [sum(outside), len(outside)],
         "score": caught / len(counted) if counted else None,
         "by_precision": {
             name: [sum(bool(gates) for gates in judged), len(judged)]
@@ -261,7 +266,7 @@ def self_test_gates(found: dict[str, Any] | None, least: float | None) -> list[G
         return []
     score = Gate("mutation score", "at least", least, "of the injected defects")
     alarms = Gate("false alarms of the gates", "at most", 0.0, "controls")
-    escaped = [one["name"] for one in found["defects"] if one["status"] == "escaped"]
+    escaped = [one["name"] for one in found["defects"] if one["status"] == "escaped" and one["place"] not in OUTSIDE]
     detail = found["problem"] or (f"not caught: {', '.join(escaped)}" if escaped else "")
     return [
         score.check("self-test", found.get("score"), found.get("counted", 0), detail),
@@ -273,14 +278,17 @@ def self_test_notes(found: dict[str, Any]) -> list[str]:
     """The table in lines, for a person."""
     if found["problem"]:
         return [f"self-test: {found['problem']}"]
+    seen, differ = found["outside"]
     lines = [
         f"self-test: {found['caught']} of {found['counted']} injected defects caught on {found['samples']} samples, "
-        f"{found['false_alarms']} of {len(found['controls'])} controls red, in {found['seconds']} s"
+        f"{found['false_alarms']} of {len(found['controls'])} controls red, in {found['seconds']} s",
+        f"self-test: of {differ} ways in which a device may prepare its inputs otherwise, {seen} would be seen",
     ]
     for one in found["defects"]:
         if one["status"] == "escaped":
             where = ", ".join(name for name, gates in one["judged"].items() if not gates)
-            lines.append(f"self-test: not caught as {where}: {one['name']} ({one['what']})")
+            word = "would not be seen" if one["place"] in OUTSIDE else "not caught"
+            lines.append(f"self-test: {word} as {where}: {one['name']} ({one['what']})")
     for one in found["controls"]:
         if one["status"] == "caught":
             gates = sorted({gate for red in one["judged"].values() for gate in red})

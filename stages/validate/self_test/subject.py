@@ -58,6 +58,10 @@ class Subject:
         return tensor_values(self.model, names, self.inputs, self.threads)
 
 
+OUTSIDE = ("preprocessing", "samples")
+"""Places that the reference and every candidate share, so that no candidate of a run differs there. Defects of them
+stand for a device that prepares its inputs otherwise: whether the gates would see it, were its outputs judged."""
+
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
