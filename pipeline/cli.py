@@ -112,6 +112,7 @@ def run_all(
     run_dir: RunDirOption = None,
     from_: Annotated[str, typer.Option("--from", help="First stage.")] = "finetune",
     until: Annotated[str, typer.Option("--until", help="Last stage.")] = "package",
+    self_test: SelfTestOption = False,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
@@ -130,7 +131,8 @@ def run_all(
     selected = names[names.index(from_) : names.index(until) + 1]
     if not selected:
         raise ConfigError(f"--from {from_} comes after --until {until}; the order is {', '.join(names)}")
-    run_stages(selected, config, set_ or [], run_dir, force, dry_run, json_, quiet, verbose)
+    settings = [*(set_ or []), *(["validate.self_test=true"] if self_test else [])]
+    run_stages(selected, config, settings, run_dir, force, dry_run, json_, quiet, verbose)
 
 
 def run_stages(

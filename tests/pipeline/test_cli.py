@@ -10,6 +10,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from pipeline import cli
+from pipeline.cli import run
 from tests.pipeline.tiny_project import pipeline
 
 HEAVY = ("torch", "transformers", "timm", "peft", "onnx", "onnxruntime", "numpy", "pydantic", "sklearn", "datasets")
@@ -281,3 +283,14 @@ def test_a_reader_that_closes_the_pipe_is_no_failed_gate() -> None:
 
 def test_show_refuses_what_is_nothing_of_ours(tmp_path: Path) -> None:
     assert pipeline("show", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["validate", "all"])
+def test_the_self_test_is_asked_for_where_the_result_is_packed_too(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], list[str]]] = []
+    monkeypatch.setattr(cli, "run_stages", lambda names, _, settings, *rest: asked.append((names, settings)))
+    assert run([command, "--set", "seed=1"]) == run([command, "--set", "seed=1", "--self-test"]) == 0
+    assert [settings for _, settings in asked] == [["seed=1"], ["seed=1", "validate.self_test=true"]]
+    assert ("package" in asked[1][0]) is (command == "all")
