@@ -305,6 +305,7 @@ def baseline_gates(
 ) -> list[GateResult]:
     """The gates of the chosen candidate, whose files have `digest`, against the baseline."""
     from stages.validate.gates import doubted, drop_gate, interval_of, settled
+    from stages.validate.waivers import waived
 
     if found is None:
         return []
@@ -318,8 +319,11 @@ def baseline_gates(
     if gates.max_latency_regression is not None:
         gate = Gate("latency regression", "at most", gates.max_latency_regression, "times the baseline's")
         result = gate.check_interval(subject, found["latency_ratio"], interval_of(found["latency_ratio_interval"]))
-        results.append(doubted(result, found["disturbed"], lambda one: True))
-    return settled(results, config, digest)
+        results.append(result)
+    certain = settled(results, config, digest)
+    if not found["disturbed"]:
+        return certain
+    return [waived(doubted(one, {}), config.waivers, digest) for one in certain]
 
 
 def baseline_notes(found: Mapping[str, Any] | None, metric: str) -> list[str]:

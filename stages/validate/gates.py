@@ -140,6 +140,10 @@ def limit_results(entry: dict[str, Any], config: ValidateConfig, disturbed: bool
     return [waived(doubted(one, entry), config.waivers, entry["digest"]) for one in certain]
 
 
+RATIOS = ("speed-up", "latency regression")
+"""Gates on how two runtimes compare, whose times others may have disturbed unequally."""
+
+
 def doubted(result: GateResult, entry: Mapping[str, Any]) -> GateResult:
     """A time of a busy machine is inconclusive where that may have changed the verdict.
 
@@ -147,7 +151,7 @@ def doubted(result: GateResult, entry: Mapping[str, Any]) -> GateResult:
     is above. Which of two runtimes they slowed more is not known. `on_inconclusive` lets nothing of this through: to
     measure on a busy machine would be a way around the limits.
     """
-    if result.verdict == "error" or result.name not in ("p95 latency", "speed-up"):
+    if result.verdict == "error" or result.name not in ("p95 latency", *RATIOS):
         return result
     turns = entry.get("turns_ms") or []
     if result.name == "p95 latency" and (result.passed or (turns and min(turns) > result.threshold)):
