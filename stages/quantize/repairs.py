@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.spec import side_by_side
 from stages.quantize.qdq import compute_nodes
 from stages.quantize.schemes import Scheme, Variant
+from stages.quantize.search import Run, outputs_of
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
-
-    from stages.quantize.search import Run
 
 Repair = Literal["smooth", "bias-correction"]
 
@@ -102,13 +100,6 @@ def outcome_in_words(outcome: Mapping[str, Any]) -> str:
         return f"{outcome['repair']} is left out: {outcome['reason']}"
     change = f"the error of plain INT8 from {outcome['error_before']:.3g} to {outcome['error_after']:.3g}"
     return f"{outcome['repair']} changes {change}" + ("" if outcome["kept"] else ", and is left out")
-
-
-def outputs_of(batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """float32 (examples, outputs)."""
-    import numpy as np
-
-    return np.concatenate([side_by_side(outputs) for outputs in batches])
 
 
 def difference_in_words(before: np.ndarray, after: np.ndarray) -> str:

@@ -30,16 +30,20 @@ def harm_of_nodes(
     """
     import numpy as np
 
-    def outputs_of(model: onnx.ModelProto) -> np.ndarray:
-        return np.concatenate([side_by_side(outputs) for outputs in run(model)])
-
-    wanted = outputs_of(original)
+    wanted = outputs_of(run(original))
     harm: dict[str, float] = {}
     for name in nodes:
         alone = variant([other for other in nodes if other != name])
-        harm[name] = float(np.square(outputs_of(alone) - wanted).mean())
+        harm[name] = float(np.square(outputs_of(run(alone)) - wanted).mean())
         advance()
     return dict(sorted(harm.items(), key=lambda item: -item[1]))
+
+
+def outputs_of(batches: Iterable[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """float32 (examples, outputs)."""
+    import numpy as np
+
+    return np.concatenate([side_by_side(outputs) for outputs in batches])
 
 
 def rungs_for(nodes: int) -> list[int]:

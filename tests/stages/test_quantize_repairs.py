@@ -19,7 +19,8 @@ from stages.quantize import Quantize, QuantizeConfig
 from stages.quantize.advice import advice_of
 from stages.quantize.calibration import calibrate_ranges
 from stages.quantize.qdq import Form, compute_nodes, quantize_graph
-from stages.quantize.repairs import Variant, mean_errors, outputs_of, repaired, smoothed, with_corrected_biases
+from stages.quantize.repairs import Variant, mean_errors, repaired, smoothed, with_corrected_biases
+from stages.quantize.search import outputs_of
 from tests.stages.chain import made
 from tests.stages.test_quantize import context_for
 
