@@ -23,6 +23,7 @@ from stages.validate.judge import Judge, rows_of, spread_over
 from stages.validate.metrics import Outputs
 from stages.validate.self_test import SelfTest, run_self_test, self_test_gates, self_test_notes
 from stages.validate.self_test.defects import CONTROLS, DEFECTS
+from stages.validate.self_test.graphs import copied
 from stages.validate.self_test.inputs import keep_case, on_texts
 from stages.validate.self_test.run import outputs_of, subject_of, tested
 from stages.validate.self_test.subject import Mutant, Subject
@@ -220,6 +221,17 @@ def test_what_the_configuration_lets_through_is_not_caught(lenient: Any, status:
     judge = replace(judge, config=judge.config.model_copy(update={"on_inconclusive": lenient}))
     row = row_of("outputs halved", judge)
     assert (row["status"], row["judged"]["fp32"]) == (status, ["accuracy drop"] if status == "caught" else [])
+
+
+@pytest.mark.parametrize(("name", "status"), [("dead channel", "not applicable"), ("static batch", "caught")])
+def test_a_mutant_that_does_not_load_is_caught_only_where_that_is_the_defect(name: str, status: str) -> None:
+    def unknown_operator(subject: Subject) -> Mutant:
+        model = copied(subject.model)
+        model.graph.node[-1].op_type = "NoSuchOperator"
+        return Mutant(model)
+
+    row = row_of(name, judge_of(*setup_of("image-classification")), unknown_operator)
+    assert row["status"] == status and "NoSuchOperator" in row["reason"]
 
 
 def test_a_defect_without_effect_is_equivalent() -> None:

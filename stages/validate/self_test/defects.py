@@ -21,7 +21,7 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("missing output", "graph", "an output has another name",
            "Polygraphy 0.53 passes on an output that is missing from one side", graphs.lose_output),
     Defect("static batch", "graph", "a batch of 2 behind an axis that is called dynamic",
-           "torch.export specialises what the example has", graphs.freeze_batch),
+           "torch.export specialises what the example has", graphs.freeze_batch, refused=True),
     Defect("first answer for all", "graph", "the answer to the first sample of a batch is given to all of it",
            "a comparison on one sample sees nothing", graphs.repeat_first),
     Defect("weight channels permuted", "graph", "the output channels of one weight move by one",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from stages.gate import Gate, GateResult
 from stages.validate.gates import settled
 from stages.validate.judge import Judge
 from stages.validate.metrics import Outputs, collect_outputs
-from stages.validate.self_test.subject import OUTSIDE
+from stages.validate.self_test.subject import OUTSIDE, NotLoadedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,8 +147,10 @@ def tested(
     try:
         outputs = collect(mutant, setup, description)
     except RuntimeInferenceError as error:
-        judged = {name: [STOPPED] for name in precisions}
-        return row | {"status": "caught", "judged": judged, "reason": str(error).partition("\n")[0][:300]}
+        reason = str(error).partition("\n")[0][:300]
+        if isinstance(error, NotLoadedError) and not defect.refused:
+            return row | {"status": "not applicable", "reason": f"the mutant does not load: {reason}"}
+        return row | {"status": "caught", "judged": {name: [STOPPED] for name in precisions}, "reason": reason}
     row["moved"] = moved = largest_change(outputs, whole)
     if moved is not None and moved <= noise and red:  # controls are judged whatever they move
         return row | {"status": "equivalent", "reason": "no output moves by more than harmless changes move it"}
@@ -187,7 +189,8 @@ def outputs_of(mutant: Mutant, setup: SelfTest, description: str) -> Outputs:
     """What a mutant makes of the samples, collected as a candidate's outputs are.
 
     Raises:
-        RuntimeInferenceError: it cannot be loaded, or failed.
+        NotLoadedError: it cannot be loaded.
+        RuntimeInferenceError: it failed.
     """
     processing, examples, batch_size = given(mutant, setup)
     with opened(mutant, setup) as runtime:
@@ -206,7 +209,7 @@ def opened(mutant: Mutant, setup: SelfTest) -> Iterator[Runtime]:
     """What runs a mutant.
 
     Raises:
-        RuntimeInferenceError: it cannot be loaded.
+        NotLoadedError: it cannot be loaded.
     """
     from models.onnx_files import save_graph
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
@@ -227,8 +230,20 @@ def opened(mutant: Mutant, setup: SelfTest) -> Iterator[Runtime]:
             runtime = OnnxRuntimeSession(path, threads=setup.threads, optimization=mutant.optimization)
         if mutant.inputs is not None:
             runtime = Before(runtime, mutant)
-        with runtime as ready:
-            yield ready
+        with ExitStack() as stack:
+            yield loaded(runtime, stack)
+
+
+def loaded(runtime: Runtime, stack: ExitStack) -> Runtime:
+    """The runtime, open until the stack closes.
+
+    Raises:
+        NotLoadedError: it does not open.
+    """
+    try:
+        return stack.enter_context(runtime)
+    except RuntimeInferenceError as error:
+        raise NotLoadedError(str(error)) from error
 
 
 def changed_examples(mutant: Mutant, examples: Sequence[Example]) -> Sequence[Example]:

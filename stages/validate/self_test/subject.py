@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.errors import RuntimeInferenceError
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx
@@ -58,6 +60,10 @@ class Subject:
         return tensor_values(self.model, names, self.inputs, self.threads)
 
 
+class NotLoadedError(RuntimeInferenceError):
+    """ONNX Runtime refuses to load a mutant."""
+
+
 OUTSIDE = ("preprocessing", "samples")
 """Places that the reference and every candidate share, so that no candidate of a run differs there. Defects of them
 stand for a device that prepares its inputs otherwise: whether the gates would see it, were its outputs judged."""
@@ -87,7 +93,8 @@ class Mutant:
 class Defect:
     """One row of the table. `make` gives the mutant, or says in words why there is none of this model.
 
-    `seen` is where somebody met it. A defect of one precision is judged as a candidate of that precision; the others as
+    `seen` is where somebody met it. `refused`: a runtime that does not load it has caught it; where a runtime does not
+    load any other mutant, the mutant is at fault. A defect of one precision is judged as a candidate of that precision; the others as
     one of every precision that there is a candidate of.
     """
 
@@ -97,6 +104,7 @@ class Defect:
     seen: str
     make: Callable[[Subject], Mutant | str]
     precision: str | None = None
+    refused: bool = False
 
     def summary(self) -> dict[str, Any]:
         """For the evidence."""
