@@ -103,6 +103,15 @@ def heads_of(facts: Facts) -> Sequence[str]:
     return ("Step", "Made of", "Error it adds", "From the start", "SQNR", "Agreement", metric, "Difference")
 
 
+def engines_in_words(facts: Facts) -> str:
+    """On what engines were run: those for the GPU of this machine here, the others where a receipt comes from."""
+    ran = [one for one in records(facts.measured("validate").get("engine_runs")) if not one.get("problem")]
+    if not ran:
+        return "Engines have run on no device here: what a receipt says is on its golden samples."
+    names = ", ".join(str(one.get("engine")) for one in ran)
+    return shorten(f"Run here on the whole test split: {names}; what a receipt says is on its golden samples.", 400)
+
+
 def drift_section(facts: Facts) -> Html:
     """The waterfall, its table, and where it broke."""
     steps = steps_of(facts)
@@ -135,7 +144,7 @@ def drift_section(facts: Facts) -> Html:
     samples, start = found(facts).get("samples"), steps[0]
     hint = (
         f"All on the same {samples} examples, from {start.name} on. Bars: the error against the step it is made of; "
-        "diamonds: against the start. Engines have run on no device here: what a receipt says is on its golden samples."
+        f"diamonds: against the start. {engines_in_words(facts)}"
     )
     rows = [
         element(

@@ -90,6 +90,16 @@ def test_the_waterfall_shows_each_step_and_calls_an_engine_unproven() -> None:
     assert "validate/reproduce/reproduce.py" in section
 
 
+def test_engines_that_ran_here_are_not_said_to_have_run_nowhere() -> None:
+    run = proven_run()
+    (validate,) = [one for one in run["stages"] if one["name"] == "validate"]
+    validate["measurements"]["engine_runs"] = [{"engine": "broken", "problem": "it does not load"}]
+    assert "Engines have run on no device here" in render_html(run)
+    validate["measurements"]["engine_runs"].append({"engine": "onnx-int8-rtx", "problem": ""})
+    page = render_html(run)
+    assert "Run here on the whole test split: onnx-int8-rtx;" in page and "on no device here" not in page
+
+
 def test_both_are_in_markdown_and_on_the_terminal() -> None:
     text = render_markdown(proven_run())
     assert "### What the gates catch" in text and "### Where the error comes from" in text

@@ -144,7 +144,8 @@ def parents_of(setup: DriftSetup, outputs: Mapping[str, Outputs]) -> dict[str, s
 
 
 def engine_step(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """An engine: what the receipts of devices say of it, which ran other samples, or that there is none."""
+    """An engine: what its run here or the receipts of devices say of it, which ran other samples, or that there is
+    none."""
     errors = [one["relative_error"] for one in engine["receipts"].values() if one.get("relative_error") is not None]
     numbers = {**dict.fromkeys(SHOWN), "relative_error": max(errors)} if errors else None
     return {
