@@ -130,7 +130,7 @@ class Engine:
 
     @property
     def status(self) -> str:
-        """PROVEN by the receipt of a device, or UNPROVEN."""
+        """PROVEN by the receipt of a device or a run here, or UNPROVEN."""
         return "PROVEN" if self.proven else "UNPROVEN"
 
 

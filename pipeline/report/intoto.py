@@ -21,21 +21,21 @@ DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def render_statement(run: dict[str, Any]) -> str:
-    """The statement of a run (`run.json`) about the files that validate measured and the bundle; empty where there is
-    none, for a statement is about something.
+    """The statement of a run (`run.json`) about the files that may ship and the bundle, or, where it says FAILED, about
+    every file that validate measured; empty where there is none, for a statement is about something.
 
     FAILED: a gate stops the run, the run did not come to its end, or no gate was checked. WARNED: gates are let
     through, or an engine is UNPROVEN. PASSED: nothing of these.
     """
     facts = Facts(run)
-    subjects = subjects_of(facts)
-    if not subjects:
-        return ""
     tests = Tests(facts)
     failed = [f"{stage}: came to its end" for stage, _ in tests.broken]
     failed += [title_of(gate) for gate in facts.failed_gates]
     failed += [] if tests.gates else ["a gate was checked"]
     failed += ["the run passed"] if facts.status != "passed" and not failed else []
+    subjects = subjects_of(facts, failed=bool(failed))
+    if not subjects:
+        return ""
     warned = [title_of(gate) for gate in facts.excused_gates]
     warned += [f"engine for {one.targets}: proven on its device" for one in facts.engines if not one.proven]
     statement = {
@@ -56,11 +56,14 @@ def render_statement(run: dict[str, Any]) -> str:
     return json_text(json.dumps(statement, indent=2)) + "\n"
 
 
-def subjects_of(facts: Facts) -> list[dict[str, Any]]:
-    """Every file that validate measured and the tar, each once, with its SHA-256."""
+def subjects_of(facts: Facts, failed: bool) -> list[dict[str, Any]]:
+    """The files that validate measured and the tar, each once, with its SHA-256. Those of a candidate that did not pass,
+    or is over a limit, are subjects of a statement that says FAILED alone."""
     validated = facts.measured("validate")
     found: dict[str, object] = {}
     for item in records(validated.get("candidates")):
+        if not failed and (item.get("passed") is not True or sequence(item.get("over_limits"))):
+            continue
         folder = f"{item['stage']}/" if item.get("stage") else ""
         files = mapping(item.get("files")) or {str(item.get("file") or item.get("name")): item.get("sha256")}
         found |= {f"{folder}{name}": digest for name, digest in files.items()}

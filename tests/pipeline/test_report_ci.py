@@ -165,6 +165,16 @@ def test_the_statement_is_about_what_was_measured_and_packed() -> None:
     assert predicate["configuration"][0]["digest"] == {"sha256": hashlib.sha256(canonical).hexdigest()}
 
 
+def test_what_did_not_pass_is_named_by_a_statement_that_says_failed_alone() -> None:
+    run = passing_run()
+    first, second, _ = run["stages"][4]["measurements"]["candidates"]
+    first["passed"], second["over_limits"] = False, ["size: 2 is above 1"]
+    names = [one["name"] for one in json.loads(render_statement(run))["subject"]]
+    assert names == ["onnx-int8-static.onnx", "package/fashion-mnist.tar"]
+    statement = json.loads(render_statement(run | {"status": "gate-failed"}))
+    assert statement["predicate"]["result"] == "FAILED" and len(statement["subject"]) == 4
+
+
 @pytest.mark.parametrize(
     ("found", "result"),
     [((FOUR[0],), "PASSED"), ((FOUR[0], FOUR[1]), "WARNED"), (FOUR[:3], "WARNED"), (FOUR, "FAILED"), ((), "FAILED")],
