@@ -452,15 +452,18 @@ def diff(
         float | None,
         typer.Option(
             min=0,
-            help="How far a metric may fall (0.01 = 1 point). Default: validate.gates.max_metric_drop of the newer.",
+            help="How far a metric may fall (0.01 = 1 point). Default: the stricter validate.gates.max_metric_drop.",
         ),
     ] = None,
+    allow_other_data: Annotated[
+        bool, typer.Option("--allow-other-data", help="Compare metrics of other test examples too.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """What changed between two runs: config, data, numbers, gates; 1 where a metric fell past its allowance."""
+    """What changed between two runs: config, data, numbers, gates; 1 where a gate or a metric fell."""
     from pipeline.diff import compare, print_difference, read_side
 
-    difference = compare(read_side(before), read_side(after), max_metric_drop)
+    difference = compare(read_side(before), read_side(after), max_metric_drop, allow_other_data)
     if json_:
         print_json(difference)
     else:

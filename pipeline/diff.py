@@ -93,16 +93,18 @@ def fingerprints_of(record: dict[str, Any], manifests: Sequence[dict[str, Any]])
 # --- comparing --------------------------------------------------------------------------------------
 
 
-def compare(before: Side, after: Side, max_metric_drop: float | None) -> dict[str, Any]:
+def compare(before: Side, after: Side, max_metric_drop: float | None, allow_other_data: bool = False) -> dict[str, Any]:
     """What changed, as plain values; `regressions` are what ends the command with 1.
 
-    `max_metric_drop`: the largest drop of a metric that is allowed, in its unit (0.01 = 1 point); None takes that of
-    the newer side.
+    `max_metric_drop`: the largest drop of a metric that is allowed, in its unit (0.01 = 1 point); None takes the
+    stricter of the two sides': whoever loosens it in a change is not to pass that change by it. Metrics on other test
+    examples are not comparable, and that is a regression too, unless `allow_other_data`.
 
     Raises:
         ConfigError: it is None, and neither side says what is allowed.
     """
-    allowance = max_metric_drop if max_metric_drop is not None else allowance_of(after, before)
+    allowance = max_metric_drop if max_metric_drop is not None else allowance_of(before, after)
+    gates = gate_changes(before, after)
     return {
         "schema_version": SCHEMA_VERSION,
         "before": before.path,
@@ -114,22 +116,29 @@ def compare(before: Side, after: Side, max_metric_drop: float | None) -> dict[st
         "chosen": {"before": before.chosen, "after": after.chosen},
         "metric_name": after.facts.metric,
         "numbers": list(number_changes(before, after)),
-        "gates": gate_changes(before, after),
+        "gates": gates,
         "max_metric_drop": allowance,
-        "regressions": list(regressions(before, after, allowance)),
+        "regressions": [
+            *fallen_metrics(before, after, allowance, allow_other_data),
+            *fallen_gates(gates),
+        ],
         "notes": list(notes(before, after)),
     }
 
 
 def allowance_of(*sides: Side) -> float:
-    """The `max_metric_drop` of the first side that has one: of its configuration, or of the gate that held it."""
+    """The smallest `max_metric_drop` of the sides that have one: of the configuration, or of the gate that held it."""
+    found = []
     for side in sides:
         section = mapping(mapping(mapping(side.facts.run.get("config")).get("validate")).get("gates"))
         if (value := number(section.get("max_metric_drop"))) is not None:
-            return value
+            found.append(value)
+            continue
         thresholds = [gate.threshold for gate in side.facts.gates if gate.name == f"{side.facts.metric} drop"]
         if thresholds and thresholds[0] is not None:
-            return thresholds[0]
+            found.append(thresholds[0])
+    if found:
+        return min(found)
     problem = "is not known: neither side says how far a metric may fall"
     raise ConfigError([Problem("--max-metric-drop", problem, "give it, e.g. --max-metric-drop 0.01")])
 
@@ -234,12 +243,26 @@ def verdicts_of(facts: Facts) -> dict[str, str]:
     return found
 
 
-def regressions(before: Side, after: Side, allowance: float) -> Iterator[dict[str, Any]]:
+def fallen_gates(changes: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The gates that passed and do not any more, waived or let through ones too. One that is gone is none: it stands
+    among the changes."""
+    for one in changes:
+        if one["before"] == "pass" and one["after"] is not None:
+            reason = f"passed, and ends with {one['after']} now"
+            yield {"subject": one["gate"], "before": None, "after": None, "drop": None, "reason": reason}
+
+
+def fallen_metrics(before: Side, after: Side, allowance: float, allow_other_data: bool) -> Iterator[dict[str, Any]]:
     """What fell by more than `allowance`: the reference, what ships, and every candidate that both sides have.
 
     Where nothing was measured nothing is shown not to have fallen: of the reference and of what ships that is a
-    regression as well, and so is another metric.
+    regression as well, and so are another metric and other test examples.
     """
+    tested = [side.fingerprints.get("test") for side in (before, after)]
+    if None not in tested and tested[0] != tested[1] and not allow_other_data:
+        reason = "not comparable: the test examples are not the same; --allow-other-data compares them all the same"
+        yield {"subject": SHIPPED, "before": None, "after": None, "drop": None, "reason": reason}
+        return
     if before.facts.metric != after.facts.metric:
         reason = f"the metric is {after.facts.metric} and was {before.facts.metric}: they cannot be compared"
         yield {"subject": SHIPPED, "before": None, "after": None, "drop": None, "reason": reason}
@@ -296,7 +319,8 @@ def print_difference(difference: Mapping[str, Any]) -> None:
         line = f"regressed: {one['subject']}: {one['reason']}"
         console.print(Text(terminal_text(line, 400), style="red"), soft_wrap=True)
     if not difference["regressions"]:
-        allowed = f"no metric fell by more than {format_number(difference['max_metric_drop'], 4)}"
+        most = format_number(difference["max_metric_drop"], 4)
+        allowed = f"no gate that passed is red, and no metric fell by more than {most}"
         console.print(Text(allowed, style="green"), soft_wrap=True)
 
 

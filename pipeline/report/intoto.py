@@ -57,8 +57,8 @@ def render_statement(run: dict[str, Any]) -> str:
 
 
 def subjects_of(facts: Facts, failed: bool) -> list[dict[str, Any]]:
-    """The files that validate measured and the tar, each once, with its SHA-256. Those of a candidate that did not pass,
-    or is over a limit, are subjects of a statement that says FAILED alone."""
+    """The files that validate measured and the tar, each once, with its SHA-256. Those of a candidate that did not
+    pass, or is over a limit, are subjects of a statement that says FAILED alone."""
     validated = facts.measured("validate")
     found: dict[str, object] = {}
     for item in records(validated.get("candidates")):

@@ -36,10 +36,12 @@ def changed(**metrics: float) -> dict[str, Any]:
     return run
 
 
-def difference(tmp_path: Path, after: dict[str, Any], drop: float | None = None, data: str = "the same") -> Any:
+def difference(
+    tmp_path: Path, after: dict[str, Any], drop: float | None = None, data: str = "the same", allowed: bool = False
+) -> Any:
     """From the passing run to `after`, as plain JSON."""
     before = recorded(tmp_path / "before", passing_run())
-    found = compare(read_side(before), read_side(recorded(tmp_path / "after", after, data)), drop)
+    found = compare(read_side(before), read_side(recorded(tmp_path / "after", after, data)), drop, allowed)
     return json.loads(json.dumps(found))
 
 
@@ -64,7 +66,7 @@ def test_every_kind_of_change_is_found(tmp_path: Path) -> None:
     gates.pop(1)
     after["stages"][4]["measurements"]["candidates"].pop(1)
     after["stages"][4]["measurements"]["reference"]["more_metrics"] = {"macro F1": 0.8}
-    found = difference(tmp_path, after, data="other")
+    found = difference(tmp_path, after, data="other", allowed=True)
     assert found["config"] == [
         {"key": "seed", "before": 0, "after": None},
         {"key": "finetune.epochs", "before": 6, "after": 7},
@@ -83,7 +85,27 @@ def test_every_kind_of_change_is_found(tmp_path: Path) -> None:
     assert numbers["onnx-fp16", "metric"] | {"before": 0.857, "after": None} == numbers["onnx-fp16", "metric"]
     assert numbers["PyTorch", "macro F1"]["after"] == 0.8
     assert found["notes"] == ["the test examples are not the same: a difference of the metrics may be theirs"]
-    assert found["regressions"] == []
+    assert [(one["subject"], one["reason"]) for one in found["regressions"]] == [
+        ("validate: max_metric_drop [onnx-fp32]", "passed, and ends with fail now")
+    ]
+
+
+def test_metrics_of_other_test_examples_are_not_comparable(tmp_path: Path) -> None:
+    for allowed, count in ((False, 1), (True, 0)):
+        folder = tmp_path / str(allowed)
+        found = difference(folder, passing_run(), data="other", allowed=allowed)["regressions"]
+        assert len(found) == count and all("not comparable" in one["reason"] for one in found)
+
+
+@pytest.mark.parametrize("loosened", ["before", "after"])
+def test_the_stricter_allowance_holds(loosened: str, tmp_path: Path) -> None:
+    """A change that loosens the margin is not judged by its own."""
+    runs = {"before": passing_run(), "after": changed(onnx_int8_static=0.81)}
+    runs[loosened]["config"]["validate"] = {"gates": {"max_metric_drop": 0.5}}
+    before, after = (read_side(recorded(tmp_path / name, run)) for name, run in runs.items())
+    found = compare(before, after, None)
+    assert found["max_metric_drop"] == 0.01 and [one["subject"] for one in found["regressions"]] == ["onnx-int8-static"]
+    assert compare(before, after, 0.5)["regressions"] == []
 
 
 @pytest.mark.parametrize(
@@ -162,7 +184,7 @@ def test_the_command_says_it_and_ends_with_1(tmp_path: Path, capsys: pytest.Capt
     assert cli(["diff", str(before), str(before)]) == 0
     out = capsys.readouterr().out
     assert "configuration: the same" in out
-    assert "no metric fell by more than 0.01" in out
+    assert "no gate that passed is red, and no metric fell by more than 0.01" in out
     assert cli(["diff", str(before), str(newer)]) == 1
     out = capsys.readouterr().out
     assert "regressed: onnx-int8-static: accuracy fell by 0.054; 0.01 is allowed" in out

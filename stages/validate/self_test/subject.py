@@ -93,9 +93,9 @@ class Mutant:
 class Defect:
     """One row of the table. `make` gives the mutant, or says in words why there is none of this model.
 
-    `seen` is where somebody met it. `refused`: a runtime that does not load it has caught it; where a runtime does not
-    load any other mutant, the mutant is at fault. A defect of one precision is judged as a candidate of that precision; the others as
-    one of every precision that there is a candidate of.
+    `seen` is where somebody met it. A defect of one precision is judged as a candidate of that precision; the others as
+    one of every precision that there is a candidate of. `refused`: a runtime that does not load it has caught it; where
+    a runtime does not load any other mutant, the mutant is at fault.
     """
 
     name: str
