@@ -108,5 +108,13 @@ def drift_of(
         context.progress,
     )
     judge = judge_of(context, config, checkpoint, scene, outputs[REFERENCE], targets, indices)
-    failed = [entry["name"] for entry in evidence["candidates"] if not entry["passed"]]
-    return measure_drift(setup, judge, failed, evidence["engines"], context.output)
+    failed, elsewhere = split_failed(evidence["candidates"], config.providers[0])
+    return measure_drift(setup, judge, failed, elsewhere, evidence["engines"], context.output)
+
+
+def split_failed(candidates: Sequence[Mapping[str, Any]], deciding: str) -> tuple[list[str], dict[str, Sequence[str]]]:
+    """(the candidates that failed on the provider whose outputs the drift has, those that failed on other ones only,
+    with the names of these)."""
+    failed = {one["name"]: one["failed_on"] for one in candidates if one["failed_on"]}
+    here = [name for name, providers in failed.items() if deciding in providers]
+    return here, {name: providers for name, providers in failed.items() if deciding not in providers}

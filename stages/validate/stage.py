@@ -141,7 +141,10 @@ class Validate:
         enough = Gate("enough samples", "at least", float(config.gates.min_samples), "samples")
         gates = [enough.check("test split", float(evidence["samples"])), leak_gate(context.data)]
         for entry in entries:
-            results = checked(entry) + gates_elsewhere(entry["name"], runs, checked)
+            own = checked(entry)
+            results = own + gates_elsewhere(entry["name"], runs, checked)
+            broken = [one["provider"] for one in runs if one["candidate"] == entry["name"] and not one["passed"]]
+            entry["failed_on"] = [entry["provider"]] * any(one.stops for one in own) + broken
             entry["passed"] = not any(result.stops for result in results)
             entry["over_limits"] = over_limits(entry, config, disturbed)
             judged = [*results, *limit_results(entry, config, disturbed)]

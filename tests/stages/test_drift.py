@@ -22,6 +22,7 @@ from stages.base import StageResult
 from stages.validate import Validate, ValidateConfig
 from stages.validate.drift.first_layer import find_first_layer, share_of
 from stages.validate.drift.script import errors, same
+from stages.validate.proofs import split_failed
 from tests.models.tiny import image_backbone, saved_checkpoint
 from tests.stages.chain import SAMPLES, artifact_of, context_of, edit_weight, made, temporary_folder, with_candidate
 from tests.stages.test_validate import HEAD
@@ -275,6 +276,19 @@ def test_zero_samples_are_no_step(tmp_path: Path) -> None:
     drift = result.measurements["drift"]
     assert drift["samples"] == 0 and all(one["from_start"]["problem"] for one in drift["steps"])
     assert all(one["step"] == "merged" for one in drift["broken"]) and len(drift["broken"]) == 3
+
+
+def test_what_failed_on_another_provider_only_is_not_explained_by_these_outputs() -> None:
+    candidates = [
+        {"name": "both", "failed_on": ["cpu", "cuda"]},
+        {"name": "good", "failed_on": []},
+        {"name": "there", "failed_on": ["cuda"]},
+    ]
+    assert split_failed(candidates, "cpu") == (["both"], {"there": ["cuda"]})
+    result, _ = broken_layer_run()
+    assert {one["name"]: one["failed_on"] for one in result.measurements["candidates"]} == {
+        "onnx-fp32": [], "onnx-fp16": [], "onnx-changed": ["cpu"],
+    }  # fmt: skip
 
 
 def test_numbers_of_the_script_are_those_of_its_definition() -> None:

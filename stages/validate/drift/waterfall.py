@@ -60,10 +60,16 @@ class DriftSetup:
 
 
 def measure_drift(
-    setup: DriftSetup, judge: Judge, failed: Sequence[str], engines: Sequence[Mapping[str, Any]], folder: Path
+    setup: DriftSetup,
+    judge: Judge,
+    failed: Sequence[str],
+    elsewhere: Mapping[str, Sequence[str]],
+    engines: Sequence[Mapping[str, Any]],
+    folder: Path,
 ) -> dict[str, Any]:
-    """The waterfall as plain values; `failed` are the candidates whose gates are not all passed. For the first of them
-    a folder `reproduce` is written below `folder`.
+    """The waterfall as plain values; `failed` are the candidates whose gates are not all passed, `elsewhere` those that
+    failed on other providers only, whose outputs are not among these. For the first a folder `reproduce` is written
+    below `folder`.
 
     Raises:
         RuntimeInferenceError: the FP32 graph does not run.
@@ -92,7 +98,11 @@ def measure_drift(
     found: dict[str, Any] = {"samples": len(setup.indices), "start": start, "steps": steps, "broken": []}
     for name in failed:
         found["broken"].append(explain(name, setup, judge, outputs, parents))
-    if found["broken"] and setup.indices and setup.candidates:
+    found["broken"] += [
+        {"candidate": name, "step": None, "gates": [], "layer": None, "reason": f"failed on {', '.join(names)} only"}
+        for name, names in elsewhere.items()
+    ]
+    if failed and setup.indices and setup.candidates:
         found["reproduce"] = reproduction(setup, failed, found["broken"], folder / "reproduce")
     return found | {"seconds": round(time.monotonic() - started, 1)}
 
