@@ -40,13 +40,19 @@ def main() -> int:
     """Run, report; the pipeline's exit code."""
     environment = dict(os.environ)
     command = ["pipeline", "all", "--json", "-c", environment["INPUT_CONFIG"]]
-    command += ["--run-dir", environment["INPUT_RUN_DIR"], *shlex.split(environment.get("INPUT_OPTIONS", ""))]
-    code, said = run(command, environment)
+    command += ["--run-dir", environment["INPUT_RUN_DIR"]]
+    try:
+        code, said = run([*command, *shlex.split(environment.get("INPUT_OPTIONS", ""))], environment)
+    except ValueError as error:  # of shlex
+        problem = {"place": "options", "message": str(error), "hint": "write them as in a shell, every quote closed"}
+        code, said = 2, {"problems": [problem]}
+    except FileNotFoundError:
+        code, said = 3, {"error": "the command pipeline is not on the PATH; with `install: false` install the package"}
     record = said if isinstance(said, dict) and "stages" in said else None
+    write_outputs(record, code, environment)
     text = render(record, "markdown") if record else without_record(code, said)
     annotate(code, said, record)
     write_summary(text, environment)
-    write_outputs(record, code, environment)
     if environment.get("INPUT_COMMENT") == "true":
         comment(text, environment)
     return code

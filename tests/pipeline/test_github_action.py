@@ -201,6 +201,20 @@ def test_a_pipeline_that_says_nothing_still_fails_the_job(tmp_path: Path) -> Non
     assert "::error title=pipeline%3A exit code 4::a stage failed" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("case", "code", "said"),
+    [("open quote", 2, "title=options::No closing quotation%0A"), ("no pipeline", 3, "pipeline is not on the PATH")],
+)
+def test_what_cannot_be_started_is_annotated_and_has_outputs(case: str, code: int, said: str, tmp_path: Path) -> None:
+    job = Job(tmp_path, passing_run(), 0)
+    if case == "no pipeline":
+        (job.bin / "pipeline").unlink()
+    done = job.run(INPUT_OPTIONS="--set 'a=b" if case == "open quote" else "", PATH=str(job.bin))
+    assert (done.returncode, done.stderr) == (code, "")
+    assert said in done.stdout and "did not run" in job.summary.read_text()
+    assert job.outputs == {"exit-code": str(code), "run-dir": "runs/ci", "verdict": "none", "bundle": ""}
+
+
 def test_a_plan_is_no_failure(tmp_path: Path) -> None:
     job = Job(tmp_path, [{"stage": "finetune", "fresh": False, "reason": "there is no result yet"}], 0)
     done = job.run()
