@@ -29,7 +29,8 @@ def planned_samples(context: StageContext, config: ValidateConfig, candidates: S
     flips = {one.name: 1 - one.measurements["agreement"] for one in candidates if "agreement" in one.measurements}
     pilot = max(flips, key=lambda name: flips[name], default=None)
     metrics = [one.measurements["reference_metric"] for one in candidates if "reference_metric" in one.measurements]
-    margin = config.gates.margin_of(metrics[0] if metrics else None) or config.gates.max_metric_drop
+    margin = config.gates.margin_of(metrics[0] if metrics else None)
+    margin = config.gates.max_metric_drop if margin is None else margin
     plan = {
         "margin": margin,
         "pilot": pilot,

@@ -396,6 +396,8 @@ def test_the_plan_takes_the_flips_of_the_validation_split(tmp_path: Path) -> Non
     assert "at a's flip rate of 5.00% on validation" in plan_in_words(plan)
     none = planned_samples(context_of(tmp_path, {}), gates(max_metric_drop=0.0), [])
     assert none["needed"] is None and "no number of samples" in plan_in_words(none)
+    nothing_lost = planned_samples(context_of(tmp_path, {}), gates(min_metric_ratio=1.0), [pilot])
+    assert (nothing_lost["margin"], nothing_lost["needed"]) == (0.0, None)
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
