@@ -305,6 +305,14 @@ class ValidateConfig(StageConfig):
             raise ValueError("gates.max_latency_regression compares with baseline, which is not written")
         return self
 
+    @field_validator("slices")
+    @classmethod
+    def refuse_the_label(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """`label=<value>` of a column would be mixed with the classes, which are slices anyway."""
+        if "label" in value:
+            raise ValueError("label is what classes are called, which are slices without being named; rename the column")
+        return value
+
     def outside(self) -> dict[str, str]:
         """What the receipts and the baseline hold, wherever they lie, and which waivers have expired by now."""
         found = [sha256_of_file(Path(file)) if Path(file).is_file() else "missing" for file in self.receipts]

@@ -279,6 +279,11 @@ def test_a_critical_slice_that_is_not_there_is_no_evidence_and_small_slices_leav
     assert [one.verdict for one in slice_gates("x", nothing, 0.05, "accuracy", asked=True)] == ["error"]
 
 
+def test_a_column_cannot_pass_for_the_classes() -> None:
+    with pytest.raises(ValidationError, match="rename the column"):
+        ValidateConfig(slices=("site", "label"))
+
+
 def test_slices_are_classes_and_values_of_columns() -> None:
     examples = [
         Example("a", 0, "1", "1", (("language", "en"),)),
