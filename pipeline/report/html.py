@@ -538,6 +538,8 @@ def lineage_section(facts: Facts) -> Html:
                     str(item.numbers.get("file") or item.name), "as measured by validate", item.numbers["sha256"]
                 )
             )
+        if item.numbers.get("digest") not in (None, item.numbers.get("sha256")):
+            rows.append(lineage_row(f"{item.name}, all its files", "as measured by validate", item.numbers["digest"]))
     package = facts.measured("package")
     if package.get("sha256"):
         rows.append(lineage_row(str(package.get("tar") or "bundle"), "package", package["sha256"]))

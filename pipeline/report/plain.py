@@ -74,6 +74,7 @@ def candidate_values(facts: Facts) -> list[dict[str, Any]]:
             "name": one.name,
             "precision": one.precision,
             "sha256": one.numbers.get("sha256") if isinstance(one.numbers.get("sha256"), str) else None,
+            "digest": one.numbers.get("digest") if isinstance(one.numbers.get("digest"), str) else None,
             **{key: number(one.numbers.get(key)) for key in NUMBERS},
             "metric_difference": one.difference,
             "metric_difference_interval": list(one.interval) if one.interval else None,
