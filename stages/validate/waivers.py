@@ -35,8 +35,8 @@ class WaiverConfig(StageConfig):
     expires: datetime.date = Field(description="Last day on which it holds, in UTC (YYYY-MM-DD).")
     digest: str = Field(
         pattern="^[0-9a-f]{64}$",
-        description="Digest of what it holds for, as `digest` in report.json and the lineage in report.html show it: the "
-        "SHA-256 of the candidate's file, of several that of the list of theirs.",
+        description="Digest of what it holds for, as `digest` in report.json and the lineage in report.html show it: "
+        "the SHA-256 of the candidate's file, of several that of the list of theirs.",
     )
 
     @field_validator("gate")
