@@ -9,7 +9,7 @@ DEMO_CONFIG ?= pipeline/recipes/vision.yaml
 # Two processes of one thread, a file each: threads that wait for each other on busy cores are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30
 
-.PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training bench-quantize gpu-check sweep docs docker clean
+.PHONY: help env prompts demo demo-text demo-audio demo-image-text fmt lint types imports check test test-fast test-slow test-gpu bench bench-training bench-quantize gpu-check sweep gate-comparison docs docker clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,10 @@ gpu-check: env ## All that only a GPU can show, into benchmarks/results (ARGS=--
 
 sweep: env ## Which architectures go through the chain: docs/coverage.md (an hour; goes on where it was stopped)
 	$(BIN)/python -P benchmarks/sweep.py
+
+gate-comparison: env ## Our gates beside Polygraphy, optimum, torch.onnx and MLPerf-99: docs/gate-comparison.md (ten minutes)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target build/polygraphy --no-deps polygraphy==0.53.6
+	PYTHONPATH=build/polygraphy $(BIN)/python -P benchmarks/gate_comparison.py $(ARGS)
 
 docs: env ## docs/configuration.md from the configuration classes
 	$(BIN)/python -P scripts/make_config_reference.py
