@@ -310,7 +310,7 @@ class ValidateConfig(StageConfig):
     def refuse_the_label(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """`label=<value>` of a column would be mixed with the classes, which are slices anyway."""
         if "label" in value:
-            raise ValueError("label is what classes are called, which are slices without being named; rename the column")
+            raise ValueError("label is what classes are called, which are slices anyway; rename the column")
         return value
 
     def outside(self) -> dict[str, str]:
