@@ -7,9 +7,9 @@ from typing import Any
 
 from pipeline.report import svg
 from pipeline.report.facts import Candidate, Facts, mapping, number, records, sequence
-from pipeline.report.formats import MINUS, format_ms, signed
-from pipeline.report.markup import Html, element, shorten
-from pipeline.report.parts import scrolling
+from pipeline.report.formats import MINUS, MISSING, format_ms, signed
+from pipeline.report.markup import Html, element, join, shorten
+from pipeline.report.parts import scrolling, table
 
 MAX_ROWS = 24
 """Rows of a plot: more are no picture. Tables and run.json have them all."""
@@ -45,6 +45,35 @@ def latency_plot(facts: Facts) -> Html:
         note += " Other processes used the cores meanwhile."
     heading = element("h3", "Latency from turn to turn")
     return element("figure", heading, scrolling(plot, "Latency from turn to turn"), element("figcaption", note))
+
+
+def latency_table(facts: Facts) -> Html:
+    """Single-stream percentiles with their upper bounds, and offline throughput; empty where no calls were counted."""
+    entries = [("PyTorch", facts.reference), *((one.name, one.numbers) for one in by_choice(facts)[:MAX_ROWS])]
+    rows = [timed_row(name, numbers) for name, numbers in entries if number(numbers.get("latency_calls"))]
+    if not rows:
+        return Html("")
+    size = number(facts.measured("validate").get("batch_size"))
+    heads = ("Runtime", *(f"Single-stream p{one}" for one in (50, 90, 99)), "Calls",
+             f"Offline, batches of {size:.0f}" if size else "Offline")  # fmt: skip
+    note = (
+        "Single-stream: one example a call, one call after the other; ≤: the upper bound at 99% confidence, by order "
+    )
+    note += "statistics, which takes 64 calls for p90 and 662 for p99. Offline: batch after batch."
+    return join([table("Latency and throughput", heads, rows, range(1, 6)), element("p", note, class_="hint")])
+
+
+def timed_row(name: str, numbers: Mapping[str, Any]) -> Html:
+    """One runtime."""
+    bounds, cells = mapping(numbers.get("latency_bounds_ms")), []
+    for one in (50, 90, 99):
+        bound = number(bounds.get(f"p{one}"))
+        beside = "no bound" if bound is None else f"≤ {format_ms(bound)}"
+        cells.append(join([format_ms(number(numbers.get(f"latency_ms_p{one}"))), element("div", beside, class_="sub")]))
+    rate = number(numbers.get("throughput_per_s"))
+    values = [*cells, f"{number(numbers.get('latency_calls')):.0f}", MISSING if rate is None else f"{rate:,.0f} / s"]
+    head = element("th", shorten(name, 60), scope="row")
+    return element("tr", head, *(element("td", value, class_="number") for value in values))
 
 
 def latency_row(name: str, style: str, numbers: Mapping[str, Any]) -> svg.Row | None:

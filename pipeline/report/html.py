@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.report import svg
 from pipeline.report.baseline import baseline_section
 from pipeline.report.drift import drift_section
-from pipeline.report.evidence import front_of, latency_plot
+from pipeline.report.evidence import front_of, latency_plot, latency_table
 from pipeline.report.facts import Candidate, Facts, GateFact, mapping, number, sequence
 from pipeline.report.formats import (
     MISSING,
@@ -196,6 +196,7 @@ def candidates_section(facts: Facts) -> Html:
         if facts.other_runs:
             hint += " Speed elsewhere is against PyTorch on the same device."
         parts += [element("p", hint, class_="hint"), candidate_plot(facts), candidate_table(facts), latency_plot(facts)]
+        parts.append(latency_table(facts))
     if facts.unearned:
         items = [element("li", element("strong", name), f": {reason}") for name, reason in facts.unearned]
         parts.append(element("p", "Fewer bits that do not earn their place here:", class_="hint"))

@@ -131,7 +131,19 @@ class GatesConfig(StageConfig):
         "Agreement on the nearest does not see that all turn together, which breaks an index made before.",
     )
     max_latency_ms: float | None = Field(
-        default=None, gt=0, description="Limit: largest p95 latency at batch 1 on this machine (milliseconds)."
+        default=None,
+        gt=0,
+        description="Limit: largest latency at batch 1 on this machine, of the percentile in latency_percentile "
+        "(milliseconds).",
+    )
+    latency_percentile: Literal[50, 90, 95, 99] = Field(
+        default=95, description="The percentile of single calls that max_latency_ms limits."
+    )
+    latency_rule: Literal["observed", "proven"] = Field(
+        default="observed",
+        description="What max_latency_ms limits. observed: the percentile as it was seen. proven: its upper bound at "
+        "99 % confidence, by order statistics; without enough latency_calls (64 for p90, 130 for p95, 662 for p99) "
+        "there is none, which is inconclusive.",
     )
     max_size_bytes: int | None = Field(
         default=None, gt=0, description="Limit: largest model, with its external weights (bytes)."

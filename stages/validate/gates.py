@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.gate import Gate, GateResult
-from stages.statistics import samples_needed
+from stages.statistics import samples_for_bound, samples_needed
 from stages.validate.config import GatesConfig, ValidateConfig
 from stages.validate.robustness import robustness_gate
 from stages.validate.slices import slice_gates
@@ -43,6 +43,8 @@ def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[G
         tolerance, source = tolerances[entry["precision"]]
         gate = Gate("output error", "at most", tolerance, "of the output range")
         results.append(gate.check(name, entry["relative_error"], samples, source))
+    if "timed_difference" in entry:
+        results.append(timed_gate(entry, gates))
     for metric, margin in gates.max_drops.items():
         found = (entry["further_drops"] or {}).get(metric, {"drop": None, "interval": None})
         results.append(judge(f"{metric} drop", margin, entry["name"], found["drop"], found["interval"], gates, samples))
@@ -62,6 +64,15 @@ def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[G
         asked = bool(config.slices or config.critical_slices)
         results += slice_gates(name, entry["slices"], gates.max_slice_drop, scene.metric, asked)
     return results
+
+
+def timed_gate(entry: Mapping[str, Any], gates: GatesConfig) -> GateResult:
+    """What a runtime answers under load is what it answered before: within what its precision may differ by from the
+    reference. Equal calls of ONNX Runtime's CPU provider and of PyTorch differ by nothing at all here; a GPU may add
+    in another order."""
+    tolerance = gates.ceilings.get(entry["precision"], gates.max_relative_error_fp16)
+    gate = Gate("same answers while timed", "at most", tolerance, "of the output range")
+    return gate.check(entry["name"], entry["timed_difference"], entry["latency_calls"], entry["timed_problem"] or "")
 
 
 def drop_gate(entry: Mapping[str, Any], gates: GatesConfig, scene: Scene, word: str = "drop") -> GateResult:
@@ -124,8 +135,7 @@ def limit_results(entry: dict[str, Any], config: ValidateConfig, disturbed: bool
     gates, name = config.gates, entry["name"]
     results = []
     if gates.max_latency_ms is not None:
-        limit = Gate("p95 latency", "at most", gates.max_latency_ms, "ms")
-        results.append(limit.check(name, entry["latency_ms_p95"]))
+        results.append(latency_result(entry, gates, gates.max_latency_ms))
     if gates.min_speedup is not None:
         limit = Gate("speed-up", "at least", gates.min_speedup, "times PyTorch")
         results.append(limit.check_interval(name, entry["speedup"], interval_of(entry["speedup_interval"])))
@@ -140,6 +150,28 @@ def limit_results(entry: dict[str, Any], config: ValidateConfig, disturbed: bool
     return [waived(doubted(one, entry), config.waivers, entry["digest"]) for one in certain]
 
 
+def latency_result(entry: Mapping[str, Any], gates: GatesConfig, limit: float) -> GateResult:
+    """The percentile that was seen, and with `latency_rule: proven` its upper bound too: where there is none, or it is
+    above the limit, a percentile inside it is inconclusive."""
+    name, percentile = entry["name"], gates.latency_percentile
+    gate = Gate(f"p{percentile} latency", "at most", limit, "ms")
+    found = gate.check(name, entry[f"latency_ms_p{percentile}"])
+    if gates.latency_rule == "observed" or not found.passed:
+        return found
+    bound = (entry["latency_bounds_ms"] or {}).get(f"p{percentile}")
+    if bound is None:
+        needed = samples_for_bound(percentile / 100)
+        why = f"{entry['latency_calls']} calls give no bound at 99 % confidence, {needed} do: raise latency_calls"
+        return replace(found, verdict="inconclusive", message=f"{found.message}, but {why}")
+    text = f"{found.message}; at 99 % confidence it is at most {bound:.6g}"
+    return replace(found, verdict="pass" if gate.keeps(bound) else "inconclusive", message=text)
+
+
+def is_latency(result: GateResult) -> bool:
+    """Whether it is a limit on a percentile of the latency."""
+    return result.name.endswith(" latency")
+
+
 RATIOS = ("speed-up", "latency regression")
 """Gates on how two runtimes compare, whose times others may have disturbed unequally."""
 
@@ -151,10 +183,10 @@ def doubted(result: GateResult, entry: Mapping[str, Any]) -> GateResult:
     is above. Which of two runtimes they slowed more is not known. `on_inconclusive` lets nothing of this through: to
     measure on a busy machine would be a way around the limits.
     """
-    if result.verdict == "error" or result.name not in ("p95 latency", *RATIOS):
+    if result.verdict == "error" or not (is_latency(result) or result.name in RATIOS):
         return result
     turns = entry.get("turns_ms") or []
-    if result.name == "p95 latency" and (result.passed or (turns and min(turns) > result.threshold)):
+    if is_latency(result) and (result.passed or (turns and min(turns) > result.threshold)):
         return result
     message = f"{result.message}, on a machine that others kept busy"
     return replace(result, verdict="inconclusive", message=message, tolerated=False)

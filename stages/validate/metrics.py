@@ -72,6 +72,22 @@ def outputs_of_calls(calls: Iterable[tuple[Mapping[str, np.ndarray], int]], io: 
     return Outputs(np.concatenate(parts))
 
 
+def first_outputs(outputs: Mapping[str, Outputs], io: IOSpec, count: int) -> dict[str, dict[str, np.ndarray]]:
+    """Runtime → output → array of the first `count` samples, of the runtimes whose outputs are evidence: what a timed
+    batch of the same samples must give again."""
+    import numpy as np
+
+    ends = np.cumsum([int(output.dims[1]) for output in io.outputs])[:-1]
+    return {
+        name: {
+            output.name: part
+            for output, part in zip(io.outputs, np.split(one.values[:count], ends, axis=1), strict=True)
+        }
+        for name, one in outputs.items()
+        if one.values is not None
+    }
+
+
 def output_problem(found: Mapping[str, np.ndarray], io: IOSpec, batch: int) -> str:
     """Why the outputs of one call are not those of the I/O contract, or are not numbers; empty where they are."""
     import numpy as np

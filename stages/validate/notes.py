@@ -39,6 +39,9 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
         if entry.get("not_worth_it"):
             lines.append(f"{entry['name']} does not earn its place here: {'; '.join(entry['not_worth_it'].values())}")
     lines += slice_notes(evidence["candidates"])
+    restless = [name for name, entry in timed_entries(evidence) if entry["warm"] is False]
+    if restless:
+        lines.append(f"times of {', '.join(restless)} had not settled when timing began, after the longest warm-up")
     if evidence["disturbed"]:
         lines.append(
             f"times are unreliable: other processes kept {evidence['other_work_cores']:.1f} cores busy beside the "
@@ -51,6 +54,12 @@ def notes_of(evidence: dict[str, Any]) -> list[str]:
     lines += self_test_notes(evidence["self_test"]) if evidence["self_test"] else []
     chosen = f"chosen for {evidence['objective']} on {evidence['provider']}: {evidence['chosen'] or 'none'}"
     return [*lines, chosen, *engine_notes(evidence)]
+
+
+def timed_entries(evidence: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, numbers) of everything that may have times."""
+    entries = [*evidence["candidates"], *evidence["other_runs"], *evidence["engine_runs"]]
+    return [(REFERENCE, evidence["reference"]), *((entry["name"], entry) for entry in entries)]
 
 
 def worst_slice(entry: dict[str, Any]) -> list[str]:

@@ -119,7 +119,12 @@ class Validate:
             timings = all_timings(context, config, checkpoint, candidates, outputs)
         evidence = assemble(context, checkpoint, candidates, outputs, timings, config.providers[0])
         disturbed = is_disturbed(others.cores, context.threads)
-        evidence |= {"other_work_cores": others.cores, "disturbed": disturbed, "sample_size": plan}
+        evidence |= {
+            "batch_size": config.batch_size,
+            "other_work_cores": others.cores,
+            "disturbed": disturbed,
+            "sample_size": plan,
+        }
         floor = noise_floor(context, checkpoint, outputs[REFERENCE].values, config.batch_size)
         evidence["noise_floor"] = floor.to_dict() if floor else None
         files, targets = {one.name: one.path for one in candidates}, targets_of(context, checkpoint)
@@ -247,6 +252,7 @@ def all_timings(
     from models.runtimes.onnxruntime_session import OnnxRuntimeSession
     from models.runtimes.torch_eager import TorchEager
     from stages.latency import LATENCY_SAMPLES, measure_latency
+    from stages.validate.metrics import first_outputs
 
     contents = [one.content for one in context.data["test"][: config.batch_size]]
     if not contents:
@@ -263,7 +269,8 @@ def all_timings(
                 if one.provider == provider and (provider == "cpu" or outputs[one.name].values is not None):
                     session = OnnxRuntimeSession(one.path, PROVIDERS[provider], context.threads)
                     runtimes[one.name] = stack.enter_context(session)
-            timings |= measure_latency(runtimes, singles, batch, config.latency_calls, context.progress)
+            earlier = first_outputs(outputs, checkpoint.spec.io, len(contents))
+            timings |= measure_latency(runtimes, singles, batch, config.latency_calls, context.progress, earlier)
     return timings
 
 

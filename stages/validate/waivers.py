@@ -20,7 +20,8 @@ WAIVABLE = (
     *sorted({f"{metric} drop" for name in TASKS for metric in (task_of(name).metric, *task_of(name).further_metrics)}),
     *sorted({f"{task_of(name).metric} regression" for name in TASKS}), "latency regression",
     "agreement", "SQNR", "cosine", "output error", "flip rate", "ECE increase", "NLL increase",
-    "slice drop", "robustness drop", "p95 latency", "size", "speed-up", "peak memory",
+    "slice drop", "robustness drop", "p50 latency", "p90 latency", "p95 latency", "p99 latency",
+    "size", "speed-up", "peak memory",
 )  # fmt: skip
 """What says how good a candidate is. That there is evidence at all cannot be waived."""
 

@@ -574,6 +574,11 @@ def test_the_slices_of_the_chosen_candidate_are_listed_with_their_intervals() ->
     assert "differs from itself by 2e−7 with another batch size, 0 with other threads, 4e−7 with fp64" in text
 
 
+def test_percentiles_stand_with_their_bounds_or_say_that_there_is_none() -> None:
+    text = "".join(Page(render_html(passing_run())).text.split())
+    assert "onnx-int8-static5.12ms≤5.17ms5.63ms≤6.14ms7.17msnobound100225/s" in text
+
+
 def test_corruptions_are_listed_with_what_they_do() -> None:
     run = passing_run()
     text = "".join(Page(render_html(run)).text.split())
