@@ -25,6 +25,8 @@ import argparse
 import datetime
 import json
 import logging
+import subprocess
+import sys
 import tempfile
 import textwrap
 import time
@@ -107,9 +109,7 @@ def measure(recipe: str, run: Path, samples: int, threads: int, costs: bool) -> 
 
     started = time.perf_counter()
     if not all((run / stage / "manifest.json").is_file() for stage in STAGES):
-        from bench_quantize import pipeline  # the pipeline as a user calls it
-
-        pipeline("all", "-c", str(RECIPES / f"{recipe}.yaml"), "--run-dir", str(run), "--until", "quantize", "--quiet")
+        make_run(recipe, run)
     config, backbone = load_config(RECIPES / f"{recipe}.yaml", [f"data.max_test_samples={samples}"])
     with tempfile.TemporaryDirectory() as folder:
         found = validated(context_of(config, backbone, run, threads, Path(folder)), config.validate_)
@@ -128,6 +128,14 @@ def measure(recipe: str, run: Path, samples: int, threads: int, costs: bool) -> 
         "rows": rows,
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def make_run(recipe: str, run: Path) -> None:
+    """As a user would, up to quantize."""
+    command = [str(Path(sys.executable).with_name("pipeline")), "all", "-c", f"pipeline/recipes/{recipe}.yaml"]
+    done = subprocess.run([*command, "--run-dir", str(run), "--until", "quantize", "--quiet"], cwd=ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(f"the run of {recipe} ended with {done.returncode}")
 
 
 def version_of(package: str) -> str | None:
@@ -713,4 +721,4 @@ def overhead_lines(overhead: Mapping[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
