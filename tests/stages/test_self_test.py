@@ -25,7 +25,8 @@ from stages.validate.self_test import SelfTest, run_self_test, self_test_gates, 
 from stages.validate.self_test.defects import CONTROLS, DEFECTS
 from stages.validate.self_test.graphs import copied
 from stages.validate.self_test.inputs import keep_case, on_texts
-from stages.validate.self_test.run import outputs_of, subject_of, tested
+from stages.validate.self_test.run import outputs_of, subject_of
+from stages.validate.self_test.run import tested as row_of_mutant  # under another name than a test's
 from stages.validate.self_test.subject import Mutant, Subject
 from stages.validate.stage import ceilings_of
 from tests.stages.chain import context_of, made, temporary_folder, test_split
@@ -210,7 +211,8 @@ def row_of(name: str, judge: Judge, make: Callable[[Subject], Mutant | str] | No
     defect = replace(defect, make=make or defect.make)
     setup = replace(setup, precisions=("fp32",))
     whole = outputs_of(Mutant(), setup, "unchanged")
-    return tested(defect, subject_of(setup, judge), setup, judge, whole, 0.0, {"fp32": set()}, name)
+    subject = subject_of(setup, judge)
+    return row_of_mutant(defect, subject, setup, judge, outputs_of, whole, 0.0, {"fp32": set()}, name)
 
 
 @pytest.mark.parametrize(("lenient", "status"), [("fail", "caught"), ("pass", "escaped")])
