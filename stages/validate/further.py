@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models.checkpoint import Checkpoint
+    from models.tasks import Task
     from stages.base import StageContext
     from stages.candidates import Candidate
     from stages.validate.config import ValidateConfig
@@ -70,26 +71,45 @@ def add_further(
     Raises:
         RuntimeInferenceError: the process that measures memory failed.
     """
-    from stages.validate.bootstrap import further_drops
-    from stages.validate.calibration import CALIBRATION, calibration
-    from stages.validate.slices import slice_table, slices_of
+    from stages.validate.slices import slices_of
 
-    spec, gates, wanted = checkpoint.spec, config.gates, reference.values
-    task = task_of(spec.task)
-    slices = slices_of(context.data["test"], spec.labels, spec.task)
-    before = None if wanted is None else task.scores(wanted, targets)
+    spec = checkpoint.spec
+    slices, task = slices_of(context.data["test"], spec.labels, spec.task), task_of(spec.task)
     for entry in entries:
-        found = outputs[entry["name"]].values
-        entry |= {"slices": None, "further_drops": None, **dict.fromkeys(CALIBRATION)}
-        if not entry["problem"] and found is not None and wanted is not None and before is not None:
-            scores, margin = task.scores(found, targets), gates.max_slice_drop or 0.0
-            entry |= calibration(found, wanted, targets, task, context.seed)
-            entry["further_drops"] = further_drops(found, wanted, targets, task, gates.max_drops, context.seed)
-            entry["slices"] = slice_table(
-                scores, before, slices, margin, gates.min_slice_samples, config.critical_slices
-            )
+        found = None if entry["problem"] else outputs[entry["name"]].values
+        entry |= further_numbers(found, reference.values, targets, task, config, slices, context.seed)
         on_cpu = entry["provider"] == "cpu"
         entry["peak_memory_bytes"] = memory_of(context, config, checkpoint, files[entry["name"]]) if on_cpu else None
+
+
+def further_numbers(
+    found: np.ndarray | None,
+    wanted: np.ndarray | None,
+    targets: np.ndarray,
+    task: Task,
+    config: ValidateConfig,
+    slices: Mapping[str, Sequence[int]],
+    seed: int,
+    gated_only: bool = False,
+) -> dict[str, Any]:
+    """Slices, drops of other metrics and calibration of `found` against `wanted`, float32 (samples, outputs), None
+    where either is no evidence. `gated_only`: of what no gate asks for nothing is computed."""
+    from stages.validate.bootstrap import further_drops
+    from stages.validate.calibration import CALIBRATION, calibration
+    from stages.validate.slices import slice_table
+
+    numbers: dict[str, Any] = {"slices": None, "further_drops": None, **dict.fromkeys(CALIBRATION)}
+    if found is None or wanted is None:
+        return numbers
+    gates, critical = config.gates, config.critical_slices
+    if not gated_only or gates.max_slice_drop is not None or critical:
+        scores, before, margin = task.scores(found, targets), task.scores(wanted, targets), gates.max_slice_drop or 0.0
+        numbers["slices"] = slice_table(scores, before, slices, margin, gates.min_slice_samples, critical)
+    if not gated_only or gates.max_drops:
+        numbers["further_drops"] = further_drops(found, wanted, targets, task, gates.max_drops, seed)
+    if not gated_only or gates.max_ece_increase is not None or gates.max_nll_increase is not None:
+        numbers |= calibration(found, wanted, targets, task, seed)
+    return numbers
 
 
 def memory_of(context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, file: Path) -> int | None:

@@ -17,14 +17,13 @@ from stages.validate.waivers import waived
 @dataclass(frozen=True)
 class Scene:
     """What a candidate's numbers are judged by beside themselves. `tolerances`: precision → largest output error as a
-    share of the reference's range, and what it comes from in words. `disturbed`: others used the cores meanwhile."""
+    share of the reference's range, and what it comes from in words."""
 
     samples: int
     metric: str
     reference_metric: float | None
     embeds: bool = False
     tolerances: Mapping[str, tuple[float, str]] | None = None
-    disturbed: bool = False
 
 
 def check(entry: dict[str, Any], config: ValidateConfig, scene: Scene) -> list[GateResult]:

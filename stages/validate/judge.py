@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.validate.further import further_numbers
 from stages.validate.gates import Scene, check
 from stages.validate.metrics import Outputs, compare
 
@@ -38,34 +39,15 @@ class Judge:
 
     def numbers(self, outputs: Outputs, start: Outputs | None = None) -> dict[str, Any]:
         """What `compare` finds, against the reference or another `start`, and what the gates ask for beside it."""
-        from stages.validate.bootstrap import further_drops
-        from stages.validate.calibration import CALIBRATION, calibration
-        from stages.validate.slices import slice_table, slices_of
+        from stages.validate.slices import slices_of
 
-        wanted = start or self.reference
+        wanted, slices = start or self.reference, slices_of(self.examples, self.spec.labels, self.spec.task)
         entry = compare(outputs, wanted, self.targets, self.task)
-        entry |= {"slices": None, "further_drops": None, **dict.fromkeys(CALIBRATION)}
-        if entry["problem"] or outputs.values is None or wanted.values is None:
-            return entry
-        gates = self.config.gates
-        scores, before = (self.task.scores(one, self.targets) for one in (outputs.values, wanted.values))
-        if gates.max_slice_drop is not None or self.config.critical_slices:
-            slices = slices_of(self.examples, self.spec.labels, self.spec.task)
-            entry["slices"] = slice_table(
-                scores,
-                before,
-                slices,
-                gates.max_slice_drop or 0.0,
-                gates.min_slice_samples,
-                self.config.critical_slices,
-            )
-        if gates.max_drops:
-            entry["further_drops"] = further_drops(
-                outputs.values, wanted.values, self.targets, self.task, gates.max_drops, self.seed
-            )
-        if gates.max_ece_increase is not None or gates.max_nll_increase is not None:
-            entry |= calibration(outputs.values, wanted.values, self.targets, self.task, self.seed)
-        return entry
+        found = None if entry["problem"] else outputs.values
+        more = further_numbers(
+            found, wanted.values, self.targets, self.task, self.config, slices, self.seed, gated_only=True
+        )
+        return entry | more
 
     def verdicts(self, name: str, precision: str, numbers: dict[str, Any]) -> list[GateResult]:
         """Every gate that a candidate of this precision with these numbers would have to pass, without waivers."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import RuntimeInferenceError
+from models.onnx_files import weights_beside
 from models.runtimes.gpu import gpu_here
 from models.tasks import task_of
 from models.tasks.single_label import SingleLabel
@@ -202,7 +203,8 @@ def accepted_candidates(context: StageContext, providers: Sequence[ProviderName]
         for candidate in read_candidates(artifact):
             if not candidate.accepted:
                 continue
-            names = [name for name in (candidate.file, f"{candidate.file}.data") if name in artifact.manifest["files"]]
+            both = (candidate.file, weights_beside(Path(candidate.file)).as_posix())
+            names = [name for name in both if name in artifact.manifest["files"]]
             files = unchanged_files(artifact, names)
             found.append(Measured(candidate, artifact, files, providers[0], candidate.name))
     return [
@@ -353,7 +355,6 @@ def scene_of(
         reference_metric=evidence["reference"]["metric"],
         embeds=bool(task_of(checkpoint.spec.task).embeds),
         tolerances=tolerances,
-        disturbed=evidence["disturbed"],
     )
 
 

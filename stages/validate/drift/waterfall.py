@@ -282,9 +282,8 @@ def named(node: Mapping[str, Any]) -> str:
 def limit_of(judge: Judge, precision: str) -> float:
     """How much noise a single node may add, as a share of what it gives: no more than the gates take of the outputs.
 
-    Of fp32 and fp16 the largest error of an output as a share of its range; of others the share of noise at the least
+    Of floating point the largest error of an output as a share of its range; of others the share of noise at the least
     SQNR.
     """
     gates = judge.config.gates
-    limits = {"fp32": gates.max_relative_error_fp32, "fp16": gates.max_relative_error_fp16}
-    return float(limits.get(precision, 10 ** (-gates.min_sqnr_db / 20)))
+    return float(gates.ceilings.get(precision, 10 ** (-gates.min_sqnr_db / 20)))
