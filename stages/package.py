@@ -399,7 +399,7 @@ def on_provider(evidence: dict[str, Any]) -> str:
     """Where times were measured, if not on the CPU."""
     if evidence["provider"] == "cpu":
         return ""
-    return plain(f" (by ONNX Runtime's {evidence['provider']} provider on {evidence['gpu']})")
+    return " " + plain(f"(by ONNX Runtime's {evidence['provider']} provider on {evidence['gpu']})")
 
 
 def measured_table(evidence: dict[str, Any], chosen: dict[str, Any]) -> str:

