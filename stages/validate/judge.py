@@ -41,7 +41,8 @@ class Judge:
         """What `compare` finds, against the reference or another `start`, and what the gates ask for beside it."""
         from stages.validate.slices import slices_of
 
-        wanted, slices = start or self.reference, slices_of(self.examples, self.spec.labels, self.spec.task)
+        wanted = start or self.reference
+        slices = slices_of(self.examples, self.spec.labels, self.spec.task) if self.examples else {}
         entry = compare(outputs, wanted, self.targets, self.task)
         found = None if entry["problem"] else outputs.values
         more = further_numbers(

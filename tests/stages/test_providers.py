@@ -207,7 +207,7 @@ def test_an_engine_of_what_did_not_run_here_is_compared_with_the_reference_alone
     assert ran["onnx-bf16"]["candidate_error"] is None and ran["onnx-bf16"]["agreement"] == 1.0
     (engine,) = (one for one in evidence["engines"] if one["candidate"] == "onnx-bf16")
     assert not engine["ships_for"] and engine["receipts"]["sm86"]["relative_error"] is None
-    assert evidence["chosen"] == "onnx-fp32"
+    assert evidence["chosen"] not in (None, "onnx-bf16")
 
 
 @needs_rtx

@@ -87,7 +87,7 @@ def unknown_source(source: str, path: Path) -> Problem:
     beside = [one.name for one in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     near = nearest(path.name, beside) if not os.path.exists(path) else ""
     demo = nearest(source.rpartition(":")[2], DEMOS)
-    if near:
+    if near and source not in DEMOS:
         expected = f"did you mean {path.parent / near}? {expected}"
     elif demo:
         expected = f"did you mean demo:{demo}? {expected}"
