@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 from pathlib import Path
 
 from models.errors import MissingCapabilityError
@@ -61,22 +60,3 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor()
-
-
-def reset_peak_memory() -> None:
-    """Start measuring the peak memory of this process anew (Linux: proc(5), clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # elsewhere the peak is that of the whole process so far
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process since the last reset, in bytes."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError, PipelineError, Problem, StageError
+from models.process_memory import peak_memory_bytes, reset_peak_memory
 from models.registry import pin
 from models.runtimes.gpu import gpu_here
 from models.spec import BackboneSpec
@@ -26,9 +27,7 @@ from pipeline.folder import lock_folder, translated_system_errors
 from pipeline.machine import (
     REPORTED_PACKAGES,
     describe_hardware,
-    peak_memory_bytes,
     processor_name,
-    reset_peak_memory,
     resolve_device,
 )
 from pipeline.record import RunStatus, StageEntry, gist_of, now, read_json

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import RuntimeInferenceError
+from models.process_memory import peak_memory_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,7 @@ CALLS = 3
 LIMIT_S = 600
 
 
-def peak_memory_bytes(model: Path, inputs: Mapping[str, np.ndarray], threads: int) -> int:
+def peak_memory_of(model: Path, inputs: Mapping[str, np.ndarray], threads: int) -> int:
     """Peak resident memory (bytes) of a fresh process that loads `model` with ONNX Runtime and runs `inputs`.
 
     Raises:
@@ -54,22 +55,8 @@ def main(model: Path, arrays: Path, threads: int) -> int:
     with OnnxRuntimeSession(model, threads=threads) as session:
         for _ in range(CALLS):
             session.infer(inputs)
-    print(own_peak_bytes())
+    print(peak_memory_bytes())
     return 0
-
-
-def own_peak_bytes() -> int:
-    """Of this process since it started: VmHWM of proc(5), or where there is none what getrusage(2) says (which on Linux
-    starts at the size of the process that made this one)."""
-    import resource
-
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.process_memory import memory_of_process
 from stages.data.splits import Example
 from stages.finetune.range_test import kept_random_state
 from stages.finetune.rates import Rates, parameter_groups
@@ -199,15 +200,6 @@ def time_evaluation(trial: Any, setup: Setup, batch: Sequence[Example]) -> float
     with torch.inference_mode():
         loss_of(trial, setup, batch).item()
     return time.perf_counter() - started
-
-
-def memory_of_process(field: str) -> int | None:
-    """`VmRSS` (now) or `VmHWM` (the peak since the stage began) of this process, in bytes; None without /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def actual_cost(attempt: Attempt, setup: Setup) -> dict[str, Any]:

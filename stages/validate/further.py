@@ -114,9 +114,9 @@ def further_numbers(
 
 def memory_of(context: StageContext, config: ValidateConfig, checkpoint: Checkpoint, file: Path) -> int | None:
     """Peak memory at batch 1, where there is a limit on it: each takes the start of a process."""
-    from models.runtimes.peak_memory import peak_memory_bytes
+    from models.runtimes.peak_memory import peak_memory_of
 
     if config.gates.max_memory_bytes is None or not context.data["test"]:
         return None
     inputs = checkpoint.processing.arrays([context.data["test"][0].content])
-    return peak_memory_bytes(file, inputs, context.threads)
+    return peak_memory_of(file, inputs, context.threads)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 
 from models.tasks import task_of
 from stages.validate.self_test.defects import CONTROLS, DEFECTS
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,11 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def comparison() -> ModuleType:
     """benchmarks/gate_comparison.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("gate_comparison", ROOT / "benchmarks" / "gate_comparison.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["gate_comparison"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gate_comparison")
 
 
 @pytest.fixture(scope="module")

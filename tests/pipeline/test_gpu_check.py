@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import sys
@@ -19,18 +18,13 @@ import torch
 from models.runtimes.gpu import Gpu
 from pipeline.cli import run
 from tests.pipeline.tiny_project import make_project
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu_check.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with the pipeline's command line called in this process: quicker, and the same code."""
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
-    spec.loader.exec_module(module)
+    module = load_script("gpu_check")
 
     def start(command: Sequence[str], seconds: float) -> tuple[int, str]:
         out, err = io.StringIO(), io.StringIO()
@@ -143,11 +137,7 @@ def test_a_provider_that_does_not_start_is_a_failure_and_without_a_gpu_nothing_i
 
 def test_the_pipeline_is_started_as_a_user_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """`start` itself, which the tests above go around."""
-    spec = importlib.util.spec_from_file_location("gpu_check_bare", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check_bare", module)
-    spec.loader.exec_module(module)
+    module = load_script("gpu_check")
     seen: dict[str, Any] = {}
 
     def started(command: list[str], seconds: float, environment: dict[str, str]) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ from onnx import TensorProto
 import models.onnx_files as onnx_files
 from models.bundle import open_bundle
 from models.errors import IntegrityError
-from pipeline.machine import peak_memory_bytes, reset_peak_memory
+from models.process_memory import peak_memory_bytes, reset_peak_memory
 from stages.artifact import Artifact
 from stages.base import StageContext
 from stages.export import Export, ExportConfig

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.errors import RuntimeInferenceError
-from models.runtimes.peak_memory import peak_memory_bytes
+from models.runtimes.peak_memory import peak_memory_of
 from models.tasks import TASKS, task_of
 from stages.data.splits import Example
 from stages.gate import GateResult
@@ -408,11 +408,11 @@ def test_the_plan_takes_the_flips_of_the_validation_split(tmp_path: Path) -> Non
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
     model = made()["export"].file("onnx-fp32.onnx")
     ballast = np.ones(300_000_000, np.uint8)  # what this process holds does not count
-    peak = peak_memory_bytes(model, {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 1)
+    peak = peak_memory_of(model, {"image": np.zeros((1, 32, 32, 3), np.uint8)}, 1)
     assert 20e6 < peak < 200e6 < len(ballast)
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(RuntimeInferenceError, match=r"memory of broken\.onnx failed; it said: "):
-        peak_memory_bytes(tmp_path / "broken.onnx", {}, 1)
+        peak_memory_of(tmp_path / "broken.onnx", {}, 1)
 
 
 def test_a_run_of_the_stage_has_all_of_it(tmp_path: Path) -> None:
